@@ -16,17 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from runtime.errors import MissingFeature
+
 VERSION_TIMEOUT_S = 20.0
 
 Origin = Literal["env", "prefix", "host"]
-
-
-class CriuNotFoundError(Exception):
-    """There is no CRIU to start; `hint` says what to do about it."""
-
-    def __init__(self, message: str, *, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +56,10 @@ def default_prefixes() -> tuple[Path, ...]:
     return Path(__file__).resolve().parents[2] / ".criu", Path(sys.prefix).resolve().parent / ".criu"
 
 
-def find_criu(
-    environment: Mapping[str, str] | None = None, prefixes: tuple[Path, ...] | None = None
-) -> CriuBinary:
+def find_criu(environment: Mapping[str, str] | None = None, prefixes: tuple[Path, ...] | None = None) -> CriuBinary:
     """Find CRIU: the one CMIGRATE_CRIU names, then the checkout's prefix, then PATH's.
 
-    `environment` and `prefixes` default to this process's. Raises CriuNotFoundError when there is none, or when the
+    `environment` and `prefixes` default to this process's. Raises MissingFeature when there is none, or when the
     chosen one does not start.
     """
     env = os.environ if environment is None else environment
@@ -82,7 +74,7 @@ def find_criu(
     found = shutil.which("criu", path=search)
     if found:
         return _on_path(found, "host")
-    raise CriuNotFoundError(
+    raise MissingFeature(
         "CRIU is not installed", hint="run scripts/setup, or set CMIGRATE_CRIU to the path of a criu binary"
     )
 
@@ -93,7 +85,7 @@ def _named_by_environment(path: Path) -> CriuBinary:
         if (prefix / "criu.json").is_file():
             return _in_prefix(prefix, "env")
     if not path.is_file() or not os.access(path, os.X_OK):
-        raise CriuNotFoundError(
+        raise MissingFeature(
             f"CMIGRATE_CRIU names {path}, which is not a program",
             hint="set CMIGRATE_CRIU to the path of a criu binary, or unset it",
         )
@@ -109,15 +101,13 @@ def _in_prefix(prefix: Path, origin: Origin) -> CriuBinary:
         libraries = ":".join(str(prefix / path) for path in found["library_path"])
         version = parse_version(found["version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CriuNotFoundError(
+        raise MissingFeature(
             f"{manifest} is not readable: {error}", hint=f"remove {prefix} and run scripts/setup again"
         ) from error
     for path in (loader, program):
         if not path.is_file():
-            raise CriuNotFoundError(f"{path} is missing", hint=f"remove {prefix} and run scripts/setup again")
-    return CriuBinary(
-        argv=(str(loader), "--library-path", libraries, str(program)), version=version, origin=origin
-    )
+            raise MissingFeature(f"{path} is missing", hint=f"remove {prefix} and run scripts/setup again")
+    return CriuBinary(argv=(str(loader), "--library-path", libraries, str(program)), version=version, origin=origin)
 
 
 def _on_path(path: str, origin: Origin) -> CriuBinary:
@@ -131,11 +121,11 @@ def _on_path(path: str, origin: Origin) -> CriuBinary:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise CriuNotFoundError(f"{path} does not start: {error}", hint="run scripts/setup") from error
+        raise MissingFeature(f"{path} does not start: {error}", hint="run scripts/setup") from error
     try:
         version = parse_version(done.stdout)
     except ValueError as error:
-        raise CriuNotFoundError(
+        raise MissingFeature(
             f"{path} --version answered status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}",
             hint="run scripts/setup, which finds a CRIU that works here",
         ) from error

@@ -1,0 +1,34 @@
+"""Rules for every test: one that needs root says so, and none leaves anything behind."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.leaks import take_snapshot, wait_for_leaks_to_go
+
+INTEGRATION = Path(__file__).parent / "integration"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(INTEGRATION):
+            item.add_marker(pytest.mark.root)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail the test that leaves a descriptor, thread or process behind.
+
+    Of a root test also a mount, network namespace, link, cgroup or nft table. What a fixture of a wider scope holds is
+    there before and after, and counts for nothing.
+    """
+    whole_host = request.node.get_closest_marker("root") is not None
+    if whole_host and os.geteuid() != 0:
+        pytest.fail("this test needs root: use sudo scripts/test, or leave it out with -m 'not root'", pytrace=False)
+    before = take_snapshot(whole_host=whole_host)
+    yield
+    leaked = wait_for_leaks_to_go(before, whole_host=whole_host)
+    if leaked:
+        pytest.fail("the test left behind:\n  " + "\n  ".join(leaked), pytrace=False)
