@@ -1,0 +1,206 @@
+"""What a monitor does once its container runs: pump the log, answer requests, wait for the end. Stdlib only.
+
+Requests on RUN/monitor.sock (SOCK_SEQPACKET, one JSON datagram each way):
+  {"op": "status"}  -> {"init_pid", "pipes": [inode, inode]}
+  {"op": "drain"}   -> {} after everything that lay in the pipes is in the log
+  {"op": "release"} -> {}: the container leaves this host; its end is no exit and not recorded
+  {"op": "wait"}    -> {"exit_code"} when it ends
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.logs import LogWriter
+
+PIPE_READ_BYTES = 1 << 16
+MAX_REQUEST_BYTES = 4096
+
+
+class Service:
+    def __init__(self, config: Mapping[str, Any], init_pid: int, readers: list[int]) -> None:
+        self._config = config
+        self._init_pid = init_pid
+        self._directory = Path(config["directory"])
+        self._log = LogWriter(self._directory / "log.jsonl")
+        self._readers = dict(zip(readers, ("stdout", "stderr"), strict=True))
+        self._pipe_inodes = [os.fstat(reader).st_ino for reader in readers]
+        self._selector = selectors.DefaultSelector()
+        for reader in readers:
+            os.set_blocking(reader, False)
+            self._selector.register(reader, selectors.EVENT_READ, self._pump)
+        self._listener = self._listen(Path(config["run_dir"]) / "monitor.sock")
+        self._waiters: list[socket.socket] = []
+        self._released = False
+        self._child_events = self._watch_children()
+        self._init_fd = os.pidfd_open(init_pid)
+        self._selector.register(self._init_fd, selectors.EVENT_READ, lambda _fd: None)
+
+    def _listen(self, path: Path) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(16)
+        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        return listener
+
+    def _watch_children(self) -> int:
+        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._selector.register(reader, selectors.EVENT_READ, lambda fd: os.read(fd, 4096))
+        return reader
+
+    def loop(self) -> int:
+        """Until the container's first process is gone; its exit is recorded before this returns."""
+        status = self._reap()
+        while status is None:
+            for key, _events in self._selector.select():
+                key.data(key.fd)
+            status = self._reap()
+        self._drain()
+        exit_code = os.waitstatus_to_exitcode(status)
+        # A shell's way to tell a signal: 128 + its number.
+        exit_code = 128 - exit_code if exit_code < 0 else exit_code
+        if not self._released:
+            self._record_exit(exit_code)
+        for waiter in self._waiters:
+            self._answer(waiter, {"exit_code": exit_code, "released": self._released})
+        with contextlib.suppress(OSError):
+            (Path(self._config["run_dir"]) / "monitor.sock").unlink()
+        self._listener.close()
+        if not self._released:
+            self._run_aftermath()
+        return 0
+
+    def _reap(self) -> int | None:
+        found = None
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    break
+                if pid == self._init_pid:
+                    found = status
+        return found
+
+    def _pump(self, fd: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(fd, PIPE_READ_BYTES)
+            if data:
+                self._log.write(self._readers[fd], data)
+            else:
+                self._selector.unregister(fd)
+                del self._readers[fd]
+                os.close(fd)
+
+    def _drain(self) -> None:
+        for fd in list(self._readers):
+            while fd in self._readers:
+                try:
+                    data = os.read(fd, PIPE_READ_BYTES)
+                except BlockingIOError:
+                    break
+                if not data:
+                    break
+                self._log.write(self._readers[fd], data)
+        self._log.flush()
+
+    def _accept(self, _fd: int) -> None:
+        connection, _address = self._listener.accept()
+        connection.settimeout(1.0)
+        keep = False
+        try:
+            request = json.loads(connection.recv(MAX_REQUEST_BYTES) or b"{}")
+            keep = self._serve(request.get("op"), connection)
+        except (OSError, ValueError):
+            pass  # a client that went away or sent nonsense is its own problem
+        finally:
+            if not keep:
+                connection.close()
+
+    def _serve(self, op: object, connection: socket.socket) -> bool:
+        if op == "wait":
+            self._waiters.append(connection)
+            return True
+        if op == "status":
+            self._answer(connection, {"init_pid": self._init_pid, "pipes": self._pipe_inodes})
+        elif op == "drain":
+            self._drain()
+            self._answer(connection, {})
+        elif op in ("release", "keep"):
+            self._released = op == "release"
+            self._answer(connection, {})
+        return False
+
+    @staticmethod
+    def _answer(connection: socket.socket, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            connection.send(json.dumps(message).encode())
+
+    def _record_exit(self, exit_code: int) -> None:
+        file = self._directory / "state.json"
+        state = json.loads(file.read_text())
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        state |= {
+            "status": "exited",
+            "exit_code": exit_code,
+            "finished_at": now,
+            "init_pid": 0,
+            "init_start_ticks": 0,
+            "oom_killed": self._oom_killed(),
+        }
+        write_durably(file, json.dumps(state).encode())
+
+    def _oom_killed(self) -> bool:
+        for directory in self._config["cgroup_paths"]:
+            for name in ("memory.events", "memory.oom_control"):
+                with contextlib.suppress(OSError):
+                    for line in (Path(directory) / name).read_text().splitlines():
+                        key, _, value = line.partition(" ")
+                        if key == "oom_kill" and int(value) > 0:
+                            return True
+        return False
+
+    def _run_aftermath(self) -> None:
+        """What needs netlink and the rest of the program happens in a process of its own: clean-up, restart policy."""
+        with open(os.devnull, "r+b") as null:
+            subprocess.Popen(
+                [self._config["python"], "-m", "runtime.aftermath", self._config["spec"]["id"]],
+                stdin=null,
+                stdout=null,
+                stderr=null,
+                cwd="/",
+                env=self._config["environment"],
+                start_new_session=True,
+            )
+
+
+def write_durably(file: Path, data: bytes) -> None:
+    """Replace ``file`` by rename; file and directory are on disk when this returns."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, file)
+    directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
