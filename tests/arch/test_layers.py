@@ -19,7 +19,7 @@ PACKAGE_RULES = {
 
 # Inside migrate: a line imports only from lines below it, or from its own package. "" is migrate/__init__.py.
 MIGRATE_LAYERS = (
-    ("cli", "__main__"),
+    ("cli", "__main__", "probe"),
     ("", "lab", "experiment"),
     ("cluster",),
     ("wiring",),
