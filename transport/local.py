@@ -69,9 +69,10 @@ class ChildStream(SocketStream):
                 self._tail.add(data)
 
     def last_words(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(_EXIT_NEWS_S)
+        # The end of stderr is the end of the child, unless it has children of its own.
         self._drain.join(_EXIT_NEWS_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(0 if self._drain.is_alive() else _EXIT_NEWS_S)
         return describe_exit(self._child.poll(), self._tail.text())
 
     def close(self) -> None:

@@ -209,8 +209,9 @@ class SshStream:
                 except TimeoutError:
                     self._wait_for_window(deadline)
                     continue
-                # On a dead connection paramiko counts a packet as sent that it threw away.
-                if not count or not self._transport.is_active():
+                # On a dead connection paramiko counts a packet as sent that it threw away; and when the command has
+                # closed its end, OpenSSH takes what we send and throws it away.
+                if not count or self._channel.eof_received or not self._transport.is_active():
                     raise BrokenPipeError(errno.EPIPE, "it reads no more")
                 rest = rest[count:]
 
