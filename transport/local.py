@@ -20,7 +20,7 @@ CLOSE_GRACE_S = 5.0
 TAIL_BYTES = 4096
 """As much of a program's stderr is kept for error messages."""
 
-_EXIT_NEWS_S = 0.5  # An end of stream and the exit of the program come at almost, not exactly, the same time.
+_EXIT_NEWS_S = 0.3  # An end of stream and the exit of the program come at almost, not exactly, the same time.
 _FRESH_ENVIRONMENT = ("PATH", "HOME", "LANG")
 
 

@@ -264,7 +264,7 @@ def test_a_blocked_receive_ends_when_another_thread_ends_the_channel(ends: Pair,
 @pytest.mark.parametrize("end", ["abort", "close"])
 def test_a_blocked_send_ends_when_another_thread_ends_the_channel(ends: Pair, end: str) -> None:
     with in_background(lambda: fill_until_stuck(ends.near, Deadline.never())) as errors:
-        time.sleep(0.3)
+        time.sleep(0.15)
         begin = time.monotonic()
         getattr(ends.near, end)()
     assert time.monotonic() - begin < 3
