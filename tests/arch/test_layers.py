@@ -24,12 +24,12 @@ MIGRATE_LAYERS = (
     ("cluster",),
     ("wiring",),
     ("agent", "serve", "source", "target"),
-    ("preflight", "doctor", "hosts", "journal", "observe"),
+    ("preflight", "doctor", "hosts", "journal", "observe", "reports"),
     ("machine", "target_machine"),
     ("precopy",),
     ("report",),
     ("messages",),
-    ("plan",),
+    ("plan", "wire"),
     ("errors",),
 )
 

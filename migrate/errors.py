@@ -1,0 +1,234 @@
+"""Errors of a move and of the command, and the one table that gives every error its code and exit code.
+
+MigrateError              what went wrong; ``hint`` says what to do next
+|-- UnknownHost           no such host in the inventory
+|-- UnknownReport         no report of that id
+|-- NotRoot               the command needs root
+|-- MoveRefused           preflight found blockers, or the peer said no; nothing has happened
+|-- RolledBack            the move failed; the container runs on, on the source
+|-- InDoubt               COMMIT is out and no answer came; the source stays frozen and asks
+|-- ProtocolViolation     the peer sent what this protocol does not allow
+|-- NoCommonProtocol      the two versions of cmigrate do not understand each other
+`-- PeerFailed            the other host reported an error; carries its code and decisive lines
+
+Errors of ``runtime`` and ``transport`` come through as they are. The class is the exit code: see ``CODES``, and
+docs/exit-codes.md for people.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from runtime import errors as runtime_errors
+from transport import api as transport_api
+
+
+class ExitCode(IntEnum):
+    """What the process ends with; docs/exit-codes.md says the same in sentences."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    REFUSED = 4
+    ROLLED_BACK = 5
+    IN_DOUBT = 6
+    CONNECTION = 7
+    MISSING_FEATURE = 8
+    NO_ROOM = 9
+    CORRUPT = 10
+    BUSY = 11
+    CRIU = 12
+    INTERRUPTED = 130
+
+
+class MigrateError(Exception):
+    """Base of every error raised here on purpose. ``str()`` is one line for an operator."""
+
+    def __init__(self, what: str, *, hint: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+
+
+class UnknownHost(MigrateError):
+    pass
+
+
+class UnknownReport(MigrateError):
+    pass
+
+
+class NotRoot(MigrateError):
+    pass
+
+
+class MoveRefused(MigrateError):
+    """``blockers`` are all reasons at once: mappings with level, check, what and remedy, as preflight gives them."""
+
+    def __init__(self, what: str, *, hint: str = "", blockers: Sequence[Mapping[str, Any]] = ()) -> None:
+        super().__init__(what, hint=hint)
+        self.blockers = tuple(dict(blocker) for blocker in blockers)
+
+
+class ProtocolViolation(MigrateError):
+    pass
+
+
+class NoCommonProtocol(MigrateError):
+    pass
+
+
+class PeerFailed(MigrateError):
+    """``code`` is a name of ``CODES`` when the peer is of our version; an unknown one counts as internal-error."""
+
+    def __init__(self, what: str, *, hint: str = "", code: str = "", log_lines: Sequence[str] = ()) -> None:
+        super().__init__(what, hint=hint)
+        self.code = code
+        self.log_lines = tuple(log_lines)
+
+
+class _Caused(MigrateError):
+    """An outcome together with the error that led to it."""
+
+    def __init__(self, what: str, *, hint: str = "", log_lines: Sequence[str] = (), cause_code: str = "") -> None:
+        super().__init__(what, hint=hint)
+        self.log_lines = tuple(log_lines)
+        self.cause_code = cause_code
+
+
+class RolledBack(_Caused):
+    @classmethod
+    def because(cls, cause: BaseException) -> RolledBack:
+        """Tells the cause in the words of the error that was it."""
+        told = describe(cause)
+        return cls(
+            f"the move failed and the container runs on, on the source: {told.what}",
+            hint=told.hint or "correct the cause and move it again",
+            log_lines=told.log_lines,
+            cause_code=told.code,
+        )
+
+
+class InDoubt(_Caused):
+    @classmethod
+    def after_commit(cls, move_id: str, cause: BaseException) -> InDoubt:
+        told = describe(cause)
+        return cls(
+            f"move {move_id} is in doubt: COMMIT was sent and the target did not answer: {told.what}",
+            hint="the copy here stays frozen; bring the target or the link back, and the agents settle it",
+            log_lines=told.log_lines,
+            cause_code=told.code,
+        )
+
+
+# First match wins, so a class stands before its bases. The names travel in ERROR messages and in --json.
+CODES: tuple[tuple[type[BaseException], str, ExitCode], ...] = (
+    (RolledBack, "rolled-back", ExitCode.ROLLED_BACK),
+    (InDoubt, "in-doubt", ExitCode.IN_DOUBT),
+    (UnknownHost, "unknown-host", ExitCode.NOT_FOUND),
+    (UnknownReport, "unknown-report", ExitCode.NOT_FOUND),
+    (NotRoot, "not-root", ExitCode.REFUSED),
+    (MoveRefused, "refused", ExitCode.REFUSED),
+    (ProtocolViolation, "protocol", ExitCode.CONNECTION),
+    (NoCommonProtocol, "protocol-version", ExitCode.CONNECTION),
+    (runtime_errors.BadInput, "bad-input", ExitCode.USAGE),
+    (runtime_errors.NotFound, "not-found", ExitCode.NOT_FOUND),
+    (runtime_errors.NameTaken, "name-taken", ExitCode.REFUSED),
+    (runtime_errors.WrongState, "wrong-state", ExitCode.REFUSED),
+    (runtime_errors.Busy, "busy", ExitCode.BUSY),
+    (runtime_errors.MissingFeature, "missing-feature", ExitCode.MISSING_FEATURE),
+    (runtime_errors.NoRoom, "no-room", ExitCode.NO_ROOM),
+    (runtime_errors.CorruptData, "corrupt-data", ExitCode.CORRUPT),
+    (runtime_errors.CriuFailed, "criu-failed", ExitCode.CRIU),
+    (transport_api.AuthenticationFailed, "authentication", ExitCode.CONNECTION),
+    (transport_api.ConnectFailed, "connect", ExitCode.CONNECTION),
+    (transport_api.DeadlineExpired, "deadline", ExitCode.CONNECTION),
+    (transport_api.ChannelClosed, "channel-closed", ExitCode.CONNECTION),
+    (transport_api.ProtocolError, "protocol", ExitCode.CONNECTION),
+    (transport_api.TransportError, "transport", ExitCode.CONNECTION),
+    (KeyboardInterrupt, "interrupted", ExitCode.INTERRUPTED),
+)
+INTERNAL_CODE = "internal-error"
+_EXIT_OF_CODE = {name: exit_code for _class, name, exit_code in CODES}
+_NO_ROOM_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM})
+_MISSING_ERRNOS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorText:
+    """An error as it is told: ``code`` for programs, the rest for people. ``exit_code`` 125 to 127 are as docker's."""
+
+    code: str
+    exit_code: int
+    what: str
+    hint: str = ""
+    log_lines: tuple[str, ...] = ()
+    blockers: tuple[dict[str, Any], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The one JSON line of an error; empty lists are left out."""
+        line: dict[str, Any] = {
+            "type": "error",
+            "code": self.code,
+            "exit_code": self.exit_code,
+            "what": self.what,
+            "hint": self.hint,
+        }
+        if self.log_lines:
+            line["log_lines"] = list(self.log_lines)
+        if self.blockers:
+            line["blockers"] = list(self.blockers)
+        return line
+
+
+def exit_code_for(error: BaseException) -> int:
+    """What the process should end with after ``error``."""
+    own = getattr(error, "exit_code", None)
+    # A program that did not come up (LaunchFailed) says itself which of 125, 126 and 127 it is, as docker has them.
+    if isinstance(error, runtime_errors.RuntimeFault) and isinstance(own, int):
+        return own
+    return int(_classify(error)[1])
+
+
+def code_for(error: BaseException) -> str:
+    """The name of the error for programs, one of ``CODES``."""
+    return _classify(error)[0]
+
+
+def describe(error: BaseException) -> ErrorText:
+    """Everything there is to tell about an error, whatever raised it."""
+    what = getattr(error, "what", None)
+    if not isinstance(what, str):
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+    code, _exit = _classify(error)
+    if code == INTERNAL_CODE and not isinstance(error, (runtime_errors.RuntimeFault, MigrateError, OSError)):
+        what = f"{type(error).__name__}: {what}"
+    hint = getattr(error, "hint", "")
+    return ErrorText(
+        code=code,
+        exit_code=exit_code_for(error),
+        what=what,
+        hint=hint if isinstance(hint, str) else "",
+        log_lines=tuple(str(line) for line in getattr(error, "log_lines", ())),
+        blockers=tuple(getattr(error, "blockers", ())),
+    )
+
+
+def _classify(error: BaseException) -> tuple[str, ExitCode]:
+    if isinstance(error, PeerFailed):
+        return (error.code, _EXIT_OF_CODE[error.code]) if error.code in _EXIT_OF_CODE else (INTERNAL_CODE, ExitCode(1))
+    for kind, name, exit_code in CODES:
+        if isinstance(error, kind):
+            return name, exit_code
+    number = getattr(error, "errno", None)
+    if isinstance(error, (OSError, runtime_errors.KernelCallFailed)):
+        if number in _NO_ROOM_ERRNOS:
+            return "no-room", ExitCode.NO_ROOM
+        if number in _MISSING_ERRNOS:
+            return "missing-feature", ExitCode.MISSING_FEATURE
+    return INTERNAL_CODE, ExitCode.INTERNAL

@@ -1,0 +1,208 @@
+"""What a move has decided, on disk before anyone is told: one file of JSON lines for each move and side.
+
+A record is durable when ``append`` returns. A crash can tear only the last line, which was never announced to anyone
+and is ignored; any other damage is named, not skipped.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from migrate.errors import ProtocolViolation
+from runtime.errors import CorruptData, NoRoom
+
+Side = Literal["source", "target"]
+_FILE_NAME = re.compile(r"(?P<move_id>[a-zA-Z0-9_-]{1,64})\.(?P<side>source|target)\.jsonl")
+MAX_FILE_BYTES = 1 << 20
+"""A move writes a dozen lines; a larger file is no journal of ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One line: ``phase`` is a name of machine.Phase or target_machine.Phase, ``at`` RFC 3339 in UTC."""
+
+    move_id: str
+    epoch: int
+    side: Side
+    phase: str
+    at: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "move_id": self.move_id,
+            "epoch": self.epoch,
+            "side": self.side,
+            "phase": self.phase,
+            "at": self.at,
+            "details": dict(self.details),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Record:
+        """Raises CorruptData."""
+        try:
+            record = cls(**{name: data[name] for name in cls.__dataclass_fields__})
+        except (KeyError, TypeError) as error:
+            raise CorruptData(f"journal record does not fit: {error!r}") from error
+        texts = (record.move_id, record.phase, record.at)
+        fits = all(isinstance(value, str) for value in texts) and isinstance(record.details, dict)
+        if not fits or record.side not in get_args(Side) or type(record.epoch) is not int:
+            raise CorruptData("journal record does not fit")
+        return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveJournal:
+    """All records of one move on one side, oldest first. ``damage`` says what could not be read, empty when all."""
+
+    move_id: str
+    side: Side
+    records: tuple[Record, ...]
+    damage: str = ""
+
+    @property
+    def phase(self) -> str:
+        """The last phase that is on disk; empty when none is."""
+        return self.records[-1].phase if self.records else ""
+
+    def reached(self, phase: str) -> bool:
+        return any(record.phase == phase for record in self.records)
+
+
+class Journal:
+    """Appends to one move's journal. The file is made by the first ``append`` and stays open until ``close``."""
+
+    def __init__(self, directory: Path, move_id: str, *, side: Side, epoch: int = 1) -> None:
+        self.path = directory / f"{move_id}.{side}.jsonl"
+        if not _FILE_NAME.fullmatch(self.path.name):
+            raise ProtocolViolation(f"{move_id!r} is no move id")
+        self._move_id = move_id
+        self._side: Side = side
+        self._epoch = epoch
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def open(self) -> None:
+        """Make or open the file now, so that an ``append`` in the blackout costs one write and one sync."""
+        if self._fd >= 0:
+            return
+        directory = self.path.parent
+        if not directory.exists():
+            directory.mkdir(parents=True, mode=0o700)
+            _sync_directory(directory.parent)
+        new = not self.path.exists()
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # A torn last line must not become the beginning of the next one.
+            os.ftruncate(fd, _whole_lines_bytes(fd))
+            os.lseek(fd, 0, os.SEEK_END)
+            if new:
+                _sync_directory(directory)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd
+
+    def append(self, phase: str, details: Mapping[str, Any] | None = None, *, epoch: int | None = None) -> Record:
+        """Write one record; it is on disk when this returns. Raises NoRoom, and OSError; then nothing is decided."""
+        self.open()
+        record = Record(
+            move_id=self._move_id,
+            epoch=self._epoch if epoch is None else epoch,
+            side=self._side,
+            phase=str(phase),
+            at=utc_now(),
+            details=dict(details or {}),
+        )
+        line = json.dumps(record.to_json(), separators=(",", ":")).encode() + b"\n"
+        end = os.lseek(self._fd, 0, os.SEEK_CUR)
+        try:
+            if os.write(self._fd, line) != len(line):
+                raise NoRoom(f"{self.path}: the disk is full", hint="make room in the state directory")
+            # The size is part of what fdatasync makes durable; times are not, and nobody reads them.
+            os.fdatasync(self._fd)
+        except BaseException as error:
+            self._take_back(end)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoRoom(f"{self.path}: the disk is full", hint="make room in the state directory") from error
+            raise
+        return record
+
+    def _take_back(self, end: int) -> None:
+        """A record that failed must not be found by the next reader as if it had been written."""
+        os.ftruncate(self._fd, end)
+        os.lseek(self._fd, end, os.SEEK_SET)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def read_all(directory: Path) -> list[MoveJournal]:
+    """Every journal in ``directory``, by name. One that is damaged comes with what could be read and ``damage``."""
+    if not directory.exists():
+        return []
+    found = []
+    for path in sorted(directory.iterdir()):
+        match = _FILE_NAME.fullmatch(path.name)
+        if match and path.is_file():
+            side: Side = "source" if match["side"] == "source" else "target"
+            found.append(_read(path, match["move_id"], side))
+    return found
+
+
+def read_one(directory: Path, move_id: str, side: Side) -> MoveJournal | None:
+    """The journal of one move, None when there is none."""
+    path = directory / f"{move_id}.{side}.jsonl"
+    return _read(path, move_id, side) if _FILE_NAME.fullmatch(path.name) and path.is_file() else None
+
+
+def _read(path: Path, move_id: str, side: Side) -> MoveJournal:
+    with open(path, "rb") as file:
+        text = file.read(MAX_FILE_BYTES + 1)
+    if len(text) > MAX_FILE_BYTES:
+        return MoveJournal(move_id=move_id, side=side, records=(), damage=f"{path}: longer than {MAX_FILE_BYTES} bytes")
+    records: list[Record] = []
+    for number, line in enumerate(text.split(b"\n")[:-1], 1):  # what follows the last newline is torn, or nothing
+        try:
+            record = Record.from_json(json.loads(line))
+            if (record.move_id, record.side) != (move_id, side):
+                raise CorruptData("a record of another move")
+        except (ValueError, RecursionError, CorruptData) as error:
+            # Whoever acts on a journal with a hole in it acts on a guess.
+            return MoveJournal(move_id=move_id, side=side, records=tuple(records), damage=f"{path}:{number}: {error}")
+        records.append(record)
+    return MoveJournal(move_id=move_id, side=side, records=tuple(records))
+
+
+def _whole_lines_bytes(fd: int) -> int:
+    text = os.pread(fd, MAX_FILE_BYTES, 0)
+    return text.rfind(b"\n") + 1 if len(text) < MAX_FILE_BYTES else len(text)
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def utc_now() -> str:
+    now = datetime.datetime.now(datetime.UTC)
+    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")

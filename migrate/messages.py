@@ -1,0 +1,365 @@
+"""Control messages of the move protocol: values, their form on the wire, and the checks a peer's bytes must pass.
+
+Every message is a map with a ``type``. ``to_message`` gives that map; ``Class.parse(map)`` and ``parse(map)`` take one
+from a peer and raise ProtocolViolation unless every field is there, of its type and within its bounds. A field nobody
+knows is ignored, a type nobody knows is refused: the newer side owns compatibility. docs/protocol.md has the order.
+
+Bulk (tree-changes, image, space, pages) is announced by maps of its own, see incoming.py and outgoing.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Self, get_type_hints
+
+from migrate.errors import MigrateError, MoveRefused, NoCommonProtocol, PeerFailed, ProtocolViolation, describe
+from migrate.wire import (
+    MAX_LIST,
+    MAX_TEXT,
+    Check,
+    Unfit,
+    blob,
+    choice,
+    integer,
+    list_of,
+    map_of,
+    optional,
+    read_facts,
+    real,
+    text,
+    word,
+)
+from runtime.api import ContainerSpec, spec_from_json
+from runtime.criu.options import ExternalMount
+from runtime.errors import BadInput, CorruptData
+
+PROTOCOL = 1
+"""The newest protocol this version speaks."""
+OLDEST_PROTOCOL = 1
+
+MAX_LOG_BYTES = 1 << 19
+"""A log inside a control message; a control frame holds 1 MiB."""
+
+
+def _read_spec(value: Any) -> ContainerSpec:
+    if not isinstance(value, dict):
+        raise Unfit("not a container spec")
+    try:
+        return spec_from_json(value)
+    except (CorruptData, BadInput) as error:
+        raise Unfit(error.what) from error
+
+
+def _read_mount(value: Any) -> ExternalMount:
+    if not isinstance(value, dict):
+        raise Unfit("not a mount")
+    line = text(MAX_TEXT)
+    return ExternalMount(key=line.read(value.get("key")), point=line.read(value.get("point")))
+
+
+def _read_pipes(value: Any) -> tuple[int, int]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise Unfit("not two pipes")
+    inode = integer(0, 2**64 - 1)
+    return inode.read(value[0]), inode.read(value[1])
+
+
+def _read_finding(value: Any) -> dict[str, str]:
+    """As preflight's findings are: level, check, what, remedy."""
+    if not isinstance(value, dict):
+        raise Unfit("not a finding")
+    line = text(MAX_TEXT)
+    level = choice("blocker", "warning", "ok").read(value.get("level"))
+    return {"level": level, **{key: line.read(value.get(key, "")) for key in ("check", "what", "remedy")}}
+
+
+Text = Annotated[str, text(MAX_TEXT)]
+MoveId = Annotated[str, word(64)]
+Epoch = Annotated[int, integer(1, 2**63 - 1)]
+Count = Annotated[int, integer(0, 2**63 - 1)]
+ProtocolNumber = Annotated[int, integer(1, 2**31 - 1)]
+ModeName = Annotated[str, choice("stopcopy", "diskless")]
+Spec = Annotated[ContainerSpec, Check(_read_spec, lambda spec: spec.to_json())]
+Facts = Annotated[Mapping[str, Any], Check(read_facts, dict)]
+Versions = Annotated[Mapping[str, str], map_of(text(256))]
+Times = Annotated[Mapping[str, float], map_of(Check(real))]
+Digests = Annotated[Mapping[str, str], map_of(text(256), MAX_LIST)]
+Mounts = Annotated[
+    tuple[ExternalMount, ...],
+    list_of(Check(_read_mount, lambda mount: {"key": mount.key, "point": mount.point})),
+]
+Pipes = Annotated[tuple[int, int], Check(_read_pipes, list)]
+Lines = Annotated[tuple[str, ...], list_of(text(MAX_TEXT), 64)]
+FindingList = Annotated[tuple[Mapping[str, str], ...], list_of(Check(_read_finding, dict), 256)]
+Log = Annotated[bytes | None, optional(blob(MAX_LOG_BYTES))]
+Standing = Annotated[str, choice("held", "running", "refused", "committed")]
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+_CHECKS: dict[str, dict[str, Check]] = {}
+
+
+def _checks(kind: type[Message]) -> dict[str, Check]:
+    """The checks of a message's fields, read from their annotations once."""
+    if kind.TYPE not in _CHECKS:
+        hints = get_type_hints(kind, include_extras=True)
+        _CHECKS[kind.TYPE] = {entry.name: hints[entry.name].__metadata__[0] for entry in dataclasses.fields(kind)}
+    return _CHECKS[kind.TYPE]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """Base of all control messages; ``TYPE`` is the word on the wire."""
+
+    TYPE: ClassVar[str] = ""
+
+    def to_message(self) -> dict[str, Any]:
+        """The map for the wire: plain values only."""
+        fields = {name: check.write(getattr(self, name)) for name, check in _checks(type(self)).items()}
+        return {"type": self.TYPE, **fields}
+
+    @classmethod
+    def parse(cls, message: Mapping[str, Any]) -> Self:
+        """A message of this type. An ERROR or REFUSED instead of it is raised as the error it tells."""
+        kind = message.get("type")
+        if kind != cls.TYPE:
+            if kind in (Error.TYPE, Refused.TYPE):
+                raise parse(message).as_error()  # type: ignore[attr-defined]
+            raise ProtocolViolation(f"the peer sent {_shown(kind)} where {cls.TYPE} was due")
+        given: dict[str, Any] = {}
+        for entry in dataclasses.fields(cls):
+            if entry.name in message:
+                try:
+                    given[entry.name] = _checks(cls)[entry.name].read(message[entry.name])
+                except Unfit as error:
+                    raise ProtocolViolation(f"{cls.TYPE}: field {entry.name} is {error}") from error
+            elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+                raise ProtocolViolation(f"{cls.TYPE}: field {entry.name} is missing")
+        return cls(**given)
+
+
+def _shown(kind: object) -> str:
+    return repr(kind) if not isinstance(kind, str) else repr(kind[:40])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello(Message):
+    """The first message of both ends. ``protocol`` is the newest spoken, ``oldest`` the oldest."""
+
+    TYPE: ClassVar[str] = "hello"
+    protocol: ProtocolNumber = PROTOCOL
+    oldest: ProtocolNumber = OLDEST_PROTOCOL
+    version: Text
+    host: Text
+
+
+def negotiate(ours: Hello, theirs: Hello) -> int:
+    """The protocol both speak, the newest of them. Raises NoCommonProtocol."""
+    common = min(ours.protocol, theirs.protocol)
+    if common < max(ours.oldest, theirs.oldest):
+        raise NoCommonProtocol(
+            f"cmigrate {ours.version} here speaks protocol {ours.oldest} to {ours.protocol}, "
+            f"{theirs.version} on {theirs.host} {theirs.oldest} to {theirs.protocol}",
+            hint="install the same version on both hosts",
+        )
+    return common
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight(Message):
+    """Source asks before anything happens: could you take this container? ``facts`` come from preflight.py."""
+
+    TYPE: ClassVar[str] = "preflight"
+    spec: Spec
+    mode: ModeName
+    memory_bytes: Count = 0
+    tree_bytes: Count = 0
+    facts: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings(Message):
+    """The target's answer: every finding at once, and its versions for the report."""
+
+    TYPE: ClassVar[str] = "findings"
+    findings: FindingList = ()
+    versions: Versions = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer(Message):
+    """Source asks the target to reserve everything for this move."""
+
+    TYPE: ClassVar[str] = "offer"
+    move_id: MoveId
+    epoch: Epoch
+    mode: ModeName
+    spec: Spec
+    memory_bytes: Count = 0
+    tree_bytes: Count = 0
+    facts: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Message):
+    """Target has reserved room, name, address and sandbox. Bulk may come."""
+
+    TYPE: ClassVar[str] = "prepared"
+    move_id: MoveId
+    versions: Versions = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenState(Message):
+    """The last message before the restore: everything has been sent. ``manifest`` are digests of what must be there."""
+
+    TYPE: ClassVar[str] = "frozen-state"
+    mounts: Mounts
+    pipes: Pipes
+    started_at: Text = ""
+    restarts: Count = 0
+    log: Log = None
+    manifest: Digests = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready(Message):
+    """Target has restored up to the last moment before an instruction runs, and journaled that."""
+
+    TYPE: ClassVar[str] = "ready"
+    move_id: MoveId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit(Message):
+    """Source has COMMITTED on its disk: the right to run passes to the target."""
+
+    TYPE: ClassVar[str] = "commit"
+    move_id: MoveId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Message):
+    """Target has COMMIT on its disk and the container runs. ``marks_ms`` are durations on the target's clock."""
+
+    TYPE: ClassVar[str] = "running"
+    move_id: MoveId
+    epoch: Epoch
+    marks_ms: Times = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done(Message):
+    """Source has thrown its copy away; the target need keep nothing for it."""
+
+    TYPE: ClassVar[str] = "done"
+    move_id: MoveId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discard(Message):
+    """Source has rolled back before COMMIT: the target must undo everything."""
+
+    TYPE: ClassVar[str] = "discard"
+    move_id: MoveId
+    epoch: Epoch
+    why: Text = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused(Message):
+    """Target has REFUSED on its disk: it will never run this move. ``blockers`` when preflight is why."""
+
+    TYPE: ClassVar[str] = "refused"
+    move_id: MoveId
+    epoch: Epoch
+    why: Text = ""
+    blockers: FindingList = ()
+
+    def as_error(self) -> MoveRefused:
+        return MoveRefused(f"the target refused: {self.why}" if self.why else "refused", blockers=self.blockers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Error(Message):
+    """Something failed at the peer. ``code`` is a name of errors.CODES."""
+
+    TYPE: ClassVar[str] = "error"
+    code: Text
+    what: Text
+    hint: Text = ""
+    log_lines: Lines = ()
+    blockers: FindingList = ()
+
+    @classmethod
+    def of(cls, error: BaseException) -> Error:
+        told = describe(error)
+        return cls(
+            code=told.code,
+            what=told.what[:MAX_TEXT],
+            hint=told.hint[:MAX_TEXT],
+            log_lines=tuple(line[:MAX_TEXT] for line in told.log_lines[:64]),
+            blockers=told.blockers[:256],
+        )
+
+    def as_error(self) -> MigrateError:
+        if self.blockers:
+            return MoveRefused(self.what, hint=self.hint, blockers=self.blockers)
+        return PeerFailed(self.what, hint=self.hint, code=self.code, log_lines=self.log_lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask(Message):
+    """Source is in doubt: where does (move_id, epoch) stand? The answer depends on these two alone."""
+
+    TYPE: ClassVar[str] = "ask"
+    move_id: MoveId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(Message):
+    """``held``: send COMMIT again. ``committed``: COMMIT is on this disk, running will follow. ``refused``: reclaim."""
+
+    TYPE: ClassVar[str] = "answer"
+    move_id: MoveId
+    epoch: Epoch
+    state: Standing
+
+
+BULK_TYPES = ("tree-changes", "image", "space", "pages")
+MESSAGES: dict[str, type[Message]] = {
+    kind.TYPE: kind
+    for kind in (
+        Hello,
+        Preflight,
+        Findings,
+        Offer,
+        Prepared,
+        FrozenState,
+        Ready,
+        Commit,
+        Running,
+        Done,
+        Discard,
+        Refused,
+        Error,
+        Ask,
+        Answer,
+    )
+}
+
+
+def parse(message: Mapping[str, Any]) -> Message:
+    """Any control message but bulk. Raises ProtocolViolation for an unknown type or a field that does not fit."""
+    kind = message.get("type")
+    if not isinstance(kind, str) or kind not in MESSAGES:
+        raise ProtocolViolation(f"unknown message {_shown(kind)}", hint="install the same version on both hosts")
+    return MESSAGES[kind].parse(message)

@@ -1,0 +1,271 @@
+"""Events of a move, and who watches them: a terminal, a script, or nobody.
+
+Between freeze and resume an observer must not print, log or block: every microsecond there is blackout. ``Held`` wraps
+any observer and keeps what happens meanwhile for later; the wiring always puts it in front.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeAlias
+
+from migrate.report import MoveReport, Outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+
+PROGRESS_INTERVAL_S = 0.1
+"""Progress more often than this is not shown: neither eyes nor scripts gain by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveStarted:
+    """``move_id`` names the report that will be kept."""
+
+    KIND: ClassVar[str] = "move-started"
+    move_id: str
+    container: str
+    source: str
+    target: str
+    mode: str
+    transport: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseStarted:
+    KIND: ClassVar[str] = "phase-started"
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """``total_bytes`` is 0 where nobody knows it; ``kind`` is what is sent: files, images or pages."""
+
+    KIND: ClassVar[str] = "progress"
+    phase: str
+    kind: str
+    sent_bytes: int
+    total_bytes: int = 0
+    rate_Bps: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseEnded:
+    KIND: ClassVar[str] = "phase-ended"
+    name: str
+    ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warning:
+    """Something the operator should know that does not stop the move."""
+
+    KIND: ClassVar[str] = "warning"
+    what: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveEnded:
+    """The last event of every move, however it ended."""
+
+    KIND: ClassVar[str] = "report"
+    report: MoveReport
+
+
+Event: TypeAlias = MoveStarted | PhaseStarted | Progress | PhaseEnded | Warning | MoveEnded
+
+
+class Observer(Protocol):
+    def on_event(self, event: Event) -> None:
+        """Must not raise: a move does not fail because nobody can watch it."""
+        ...
+
+
+def event_to_json(event: Event) -> dict[str, Any]:
+    """One line of ``--json``: ``type`` and the event's fields; of a report, its own fields."""
+    if isinstance(event, MoveEnded):
+        return {"type": event.KIND, **event.report.to_json()}
+    fields = {name: round(value, 3) if isinstance(value, float) else value for name, value in _fields(event)}
+    return {"type": event.KIND, **fields}
+
+
+def _fields(event: Event) -> Iterator[tuple[str, Any]]:
+    return ((entry.name, getattr(event, entry.name)) for entry in dataclasses.fields(event))
+
+
+class Silent:
+    """Nobody watches."""
+
+    def on_event(self, event: Event) -> None:
+        pass
+
+
+class Held:
+    """In front of another observer: passes events on, but keeps those of a blackout until it is over."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._kept: list[Event] = []
+        self._holding = False
+
+    def on_event(self, event: Event) -> None:
+        if self._holding:
+            self._kept.append(event)
+        else:
+            self._observer.on_event(event)
+
+    @contextlib.contextmanager
+    def blackout(self) -> Iterator[None]:
+        """Within this block nothing reaches the observer; afterwards everything does, in order."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+            kept, self._kept = self._kept, []
+            for event in kept:
+                self._observer.on_event(event)
+
+
+class JsonLines:
+    """One JSON object a line on ``stream`` (stdout), the report last."""
+
+    def __init__(self, stream: TextIO, now: Callable[[], float] = time.monotonic) -> None:
+        self._stream: TextIO | None = stream
+        self._now = now
+        self._shown_at = -PROGRESS_INTERVAL_S
+
+    def on_event(self, event: Event) -> None:
+        if self._stream is None:
+            return
+        if isinstance(event, Progress):
+            if self._now() - self._shown_at < PROGRESS_INTERVAL_S:
+                return
+            self._shown_at = self._now()
+        try:
+            self._stream.write(json.dumps(event_to_json(event), separators=(",", ":")) + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):
+            # The reader went away (head, a closed pipe). The move goes on, the report is kept on disk.
+            self._stream = None
+
+
+class Terminal:
+    """For people: on a terminal a live display on stderr, else one line on stderr at the end."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._display = _LiveDisplay(self._stream) if self._stream.isatty() else None
+
+    def on_event(self, event: Event) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if self._display is not None:
+                self._display.on_event(event)
+            if isinstance(event, Warning):
+                remedy = f" ({event.remedy})" if event.remedy else ""
+                self._say(f"warning: {event.what}{remedy}")
+            if isinstance(event, MoveEnded) and event.report.error is None:
+                self._say(summary(event.report))
+
+    def _say(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+class _LiveDisplay:
+    """rich's live display; it stands still in a blackout because no event comes then and nothing refreshes itself."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+
+        self._console: Console = Console(file=stream)
+        self._live: Live | None = None
+        self._done: list[tuple[str, float]] = []
+        self._phase = ""
+        self._progress: Progress | None = None
+        self._title = ""
+        self._shown_at = 0.0
+
+    def on_event(self, event: Event) -> None:
+        match event:
+            case MoveStarted():
+                self._title = f"{event.container}: {event.source} -> {event.target} ({event.mode}, {event.transport})"
+                self._start()
+            case PhaseStarted():
+                self._phase, self._progress = event.name, None
+            case PhaseEnded():
+                self._done.append((event.name, event.ms))
+                self._phase, self._progress = "", None
+            case Progress():
+                self._progress = event
+                if time.monotonic() - self._shown_at < PROGRESS_INTERVAL_S:
+                    return
+            case MoveEnded():
+                self._stop()
+                return
+            case _:
+                return
+        self._show()
+
+    def _start(self) -> None:
+        from rich.live import Live
+
+        # Refreshing itself would mean a thread that prints in the blackout.
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._live.start()
+
+    def _show(self) -> None:
+        if self._live is not None:
+            self._live.update(self._text(), refresh=True)
+            self._shown_at = time.monotonic()
+
+    def _text(self) -> str:
+        lines = [self._title]
+        lines += [f"  {name:<12} {ms:>10.1f} ms" for name, ms in self._done]
+        if self._phase:
+            lines.append(f"  {self._phase:<12} {progress_text(self._progress)}")
+        return "\n".join(lines)
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def progress_text(progress: Progress | None) -> str:
+    """ "12.0 MiB of 64.0 MiB, 850.1 MiB/s, 0.1 s left", as much of it as is known."""
+    if progress is None:
+        return "…"
+    parts = [mebibytes(progress.sent_bytes)]
+    if progress.total_bytes:
+        parts[0] += f" of {mebibytes(progress.total_bytes)}"
+    if progress.rate_Bps > 0:
+        parts.append(f"{mebibytes(progress.rate_Bps)}/s")
+        if progress.total_bytes > progress.sent_bytes:
+            parts.append(f"{(progress.total_bytes - progress.sent_bytes) / progress.rate_Bps:.1f} s left")
+    return ", ".join(parts)
+
+
+def mebibytes(count: float) -> str:
+    return f"{count / (1 << 20):.1f} MiB"
+
+
+def summary(report: MoveReport) -> str:
+    """One line: what became of the move."""
+    blackout = "" if report.blackout_ms is None else f", blackout {report.blackout_ms:.1f} ms"
+    what = {
+        Outcome.MIGRATED: f"{report.container} runs on {report.target}",
+        Outcome.ROLLED_BACK: f"{report.container} runs on, on {report.source}",
+        Outcome.IN_DOUBT: f"{report.container} is in doubt between {report.source} and {report.target}",
+        Outcome.REFUSED: f"{report.container} was not moved",
+    }[report.outcome]
+    sent = mebibytes(report.sent_bytes.total)
+    return f"{what}: {report.mode} by {report.transport}{blackout}, total {report.total_ms:.0f} ms, {sent} sent"

@@ -1,0 +1,134 @@
+"""The report of a move: what was done, how long it took, what was sent. Values only; docs/report.md has every field."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from runtime.errors import CorruptData
+
+REPORT_SCHEMA = 1
+
+
+class Outcome(StrEnum):
+    """How a move ended. Only ``migrated`` means that the container runs on the target."""
+
+    MIGRATED = "migrated"
+    ROLLED_BACK = "rolled_back"
+    IN_DOUBT = "in_doubt"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseTime:
+    """One phase on the source's clock."""
+
+    name: str
+    ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentBytes:
+    """Bytes the source sent, by kind, before encryption."""
+
+    images: int = 0
+    pages: int = 0
+    files: int = 0
+    control: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.images + self.pages + self.files + self.control
+
+
+@dataclass(frozen=True, kw_only=True)
+class Versions:
+    """What ran where; empty where it is not known."""
+
+    cmigrate: str = ""
+    criu_source: str = ""
+    criu_target: str = ""
+    kernel_source: str = ""
+    kernel_target: str = ""
+    python: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportedError:
+    """Why a move did not end well; ``code`` as in docs/exit-codes.md."""
+
+    code: str
+    what: str
+    hint: str = ""
+    log_lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveReport:
+    """One move. Times in milliseconds, sizes in bytes, ``started_at`` RFC 3339 in UTC.
+
+    ``blackout_ms`` runs from frozen on the source to running on the target, on the source's clock; None when the move
+    ended before anything froze. ``memory_bytes`` is what the container had in memory. ``rounds`` counts passes of
+    pre-copy, so it is 0 without pre-copy. ``blockers`` are preflight's, as mappings with check, what and remedy.
+    """
+
+    id: str
+    container: str
+    source: str
+    target: str
+    mode: str
+    transport: str
+    outcome: Outcome
+    started_at: str
+    total_ms: float
+    blackout_ms: float | None = None
+    memory_bytes: int = 0
+    sent_bytes: SentBytes = field(default_factory=SentBytes)
+    rounds: int = 0
+    phases: tuple[PhaseTime, ...] = ()
+    versions: Versions = field(default_factory=Versions)
+    error: ReportedError | None = None
+    blockers: tuple[Mapping[str, Any], ...] = ()
+    schema: int = REPORT_SCHEMA
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; ``report_from_json`` gives the same value back. Nothing is left out."""
+        data = dataclasses.asdict(self)
+        data["outcome"] = str(self.outcome)
+        for name in ("blackout_ms", "total_ms"):
+            data[name] = None if data[name] is None else round(data[name], 3)
+        data["phases"] = [{"name": phase.name, "ms": round(phase.ms, 3)} for phase in self.phases]
+        data["blockers"] = [dict(blocker) for blocker in self.blockers]
+        if self.error is not None:
+            data["error"]["log_lines"] = list(self.error.log_lines)
+        order = ("schema", *(name for name in data if name != "schema"))
+        return {name: data[name] for name in order}
+
+
+def report_from_json(data: Mapping[str, Any]) -> MoveReport:
+    """The inverse of ``MoveReport.to_json``; fields of a newer version are ignored. Raises CorruptData."""
+    try:
+        if data["schema"] != REPORT_SCHEMA:
+            raise CorruptData(f"report has schema {data['schema']!r}, this version knows {REPORT_SCHEMA}")
+        fields = _known(MoveReport, data)
+        fields["outcome"] = Outcome(fields["outcome"])
+        fields["sent_bytes"] = SentBytes(**_known(SentBytes, fields["sent_bytes"]))
+        fields["versions"] = Versions(**_known(Versions, fields["versions"]))
+        fields["phases"] = tuple(PhaseTime(**_known(PhaseTime, phase)) for phase in fields["phases"])
+        fields["blockers"] = tuple(dict(blocker) for blocker in fields["blockers"])
+        if fields["error"] is not None:
+            error = _known(ReportedError, fields["error"])
+            fields["error"] = ReportedError(**{**error, "log_lines": tuple(error.get("log_lines", ()))})
+        for name in ("id", "container", "source", "target", "mode", "transport", "started_at"):
+            if not isinstance(fields[name], str):
+                raise CorruptData(f"report: {name} is no text")
+        return MoveReport(**fields)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptData(f"report does not fit: {error!r}") from error
+
+
+def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: data[name] for name in kind.__dataclass_fields__ if name in data}
