@@ -19,7 +19,8 @@ class HostConfig:
 
     ``state_dir`` survives a reboot (containers, reports, journals); ``run_dir`` does not and must be a tmpfs.
     ``cgroup_parent`` is a path below each cgroup hierarchy's root. ``subnet`` is where container addresses come from,
-    ``gateway`` the bridge's own address in it. ``stream_port`` is where ``cmigrate serve`` listens.
+    ``gateway`` their way out. ``bridge_address`` (with prefix
+    length) is the bridge's own address where that is not the gateway's. ``stream_port`` is where ``cmigrate serve`` listens.
     """
 
     name: str
@@ -30,6 +31,7 @@ class HostConfig:
     bridge: str = "cmigrate0"
     subnet: str = "10.88.0.0/16"
     gateway: str = "10.88.0.1"
+    bridge_address: str = ""
     stream_listen: str = "0.0.0.0"
     stream_port: int = 7477
 

@@ -16,6 +16,7 @@ Afterwards RUN/monitor.sock takes one request a connection: see service.py.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -32,6 +33,9 @@ from runtime.sandbox import init, rootfs
 from runtime.sandbox.service import Service
 
 MAX_MESSAGE_BYTES = 1 << 20
+# Descriptor numbers inside the restoring CRIU; runtime/criu/restore.py names them in its request.
+CRIU_RPC_FD = 3
+CRIU_LOG_FDS = (10, 11)
 
 
 class LaunchFailed(Exception):
@@ -123,7 +127,7 @@ class Monitor:
 
     def _restore(self) -> None:
         """Start ``criu swrk`` as a child, in the container's cgroups; the caller talks to it and says how it went."""
-        rpc = self._passed_fds[0]
+        (rpc,) = self._passed_fds
         criu = os.fork()
         if criu == 0:
             try:
@@ -138,32 +142,30 @@ class Monitor:
                 "event": "sandbox",
                 "criu_pid": criu,
                 "root": f"{self._config['run_dir']}/root",
-                "log_fds": [10, 11],
+                "log_fds": list(CRIU_LOG_FDS),
                 "pipes": reader_inodes,
             }
         )
         message = self._hear("adopt")
         self._init_pid = int(message["init_pid"])
-        os.waitpid(criu, 0) if message.get("reap_criu", True) else None
+        os.waitpid(criu, 0)
 
     def _exec_criu(self, rpc: int) -> None:
         init.join_cgroups(self._config["cgroup_paths"])
         # Tasks that CRIU restores with cgroups ignored stay in its cgroup and its cgroup namespace: the container's.
         calls.unshare(calls.CLONE_NEWCGROUP)
-        os.dup2(rpc, 12)
-        os.dup2(self._pipes[0][1], 10)
-        os.dup2(self._pipes[1][1], 11)
-        os.dup2(12, 3)
         null = os.open("/dev/null", os.O_RDWR)
         log = os.open(self._config["criu_output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        for number, fd in ((0, null), (1, log), (2, log)):
+        wanted = {0: null, 1: log, 2: log, CRIU_RPC_FD: rpc}
+        wanted |= {number: writer for number, (_reader, writer) in zip(CRIU_LOG_FDS, self._pipes, strict=True)}
+        # First out of the way of the wanted numbers, then onto them.
+        moved = {number: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 64) for number, fd in wanted.items()}
+        for number, fd in moved.items():
             os.dup2(fd, number)
-        for number in (3, 10, 11):
-            os.set_inheritable(number, True)
-        os.close(12)
+        os.closerange(max(CRIU_LOG_FDS) + 1, 4096)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **self._config.get("criu_environment", {})}
-        argv = [*self._config["criu_argv"], "swrk", "3"]
+        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **self._config["criu_environment"]}
+        argv = [*self._config["criu_argv"], "swrk", str(CRIU_RPC_FD)]
         os.execve(argv[0], argv, environment)
 
     def _undo(self) -> None:

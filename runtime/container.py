@@ -1,0 +1,312 @@
+"""Life of containers on this host: create, start, exec, stop, remove. What ``cmigrate run|ps|exec|…`` call.
+
+Every change happens under the container's lock, so that two commands at once on one container are serialised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.api import Container, ContainerSpec, ContainerState, Status
+from runtime.cgroup import CgroupLayout, CgroupStats, ContainerCgroup
+from runtime.errors import Busy, NotFound, RuntimeFault, WrongState
+from runtime.host import HostConfig
+from runtime.network import ContainerNetwork, ensure_bridge
+from runtime.rootfs import prepare_upper
+from runtime.sandbox.launch import MonitorLaunch, SandboxOrders, ask_monitor
+from runtime.seccomp import capability_set, default_profile
+from runtime.store import ContainerStore, process_start_ticks
+
+LOCK_WAIT_S = 30.0
+KILL_WAIT_S = 10.0
+POLL_S = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessInfo:
+    """One process of a container; ``pid`` as the container sees it, ``host_pid`` as this host does."""
+
+    pid: int
+    host_pid: int
+    user: str
+    cpu_s: float
+    command: str
+
+
+class Containers:
+    """The containers of one host."""
+
+    def __init__(self, host: HostConfig) -> None:
+        self.host = host
+        self.store = ContainerStore(host)
+        self.layout = CgroupLayout.probe()
+
+    # Reading
+
+    def get(self, reference: str) -> Container:
+        """By name, id or unambiguous prefix of an id, with its state as it truly is. Raises NotFound."""
+        return self._true(self.store.get(reference))
+
+    def list(self, *, all_states: bool = True) -> Sequence[Container]:
+        """Sorted by creation, newest first."""
+        containers = [self._true(container) for container in self.store.containers()]
+        shown = (Status.RUNNING, Status.PAUSED)
+        kept = [c for c in containers if all_states or c.state.status in shown]
+        return sorted(kept, key=lambda container: container.spec.created_at, reverse=True)
+
+    def _true(self, container: Container) -> Container:
+        return dataclasses.replace(container, state=self.store.observe(container))
+
+    def cgroup(self, container_id: str) -> ContainerCgroup:
+        return ContainerCgroup(self.layout, self.host.cgroup_parent, container_id)
+
+    def run_dir(self, container_id: str) -> Path:
+        return self.host.run_dir / container_id
+
+    def log_path(self, reference: str) -> Path:
+        return self.store.directory(self.store.get(reference).id) / "log.jsonl"
+
+    def stats(self, reference: str) -> CgroupStats:
+        container = self._running(reference)
+        return self.cgroup(container.id).stats()
+
+    def top(self, reference: str) -> Sequence[ProcessInfo]:
+        container = self._running(reference)
+        found = [read_process(pid) for pid in self.cgroup(container.id).pids()]
+        return sorted((p for p in found if p is not None), key=lambda process: process.pid)
+
+    def _running(self, reference: str) -> Container:
+        container = self.get(reference)
+        if container.state.status not in (Status.RUNNING, Status.PAUSED):
+            raise WrongState(f"container {container.name} is {container.state.status}", hint="it must run for this")
+        return container
+
+    @contextlib.contextmanager
+    def locked(self, reference: str, purpose: str, wait_s: float = LOCK_WAIT_S) -> Iterator[Container]:
+        """The container under its lock, read after the lock was taken."""
+        container_id = self.store.get(reference).id
+        with self.store.locked(container_id, wait_s=wait_s, purpose=purpose):
+            yield self.get(container_id)
+
+    # Changing
+
+    def create(self, spec: ContainerSpec) -> Container:
+        """Reserve the name and lay out the container's files; nothing runs yet."""
+        container = self.store.create(spec)
+        try:
+            prepare_upper(spec, self.store.directory(spec.id))
+        except BaseException:
+            self.store.remove(spec.id)
+            raise
+        return container
+
+    def run(self, spec: ContainerSpec) -> Container:
+        """``create`` and ``start``; a container whose first process can not be started is gone again."""
+        self.create(spec)
+        try:
+            return self.start(spec.id)
+        except BaseException:
+            self.remove(spec.id, force=True)
+            raise
+
+    def start(self, reference: str, *, restarts: int = 0) -> Container:
+        """Start a created or exited container. Raises LaunchFailed when its program can not be run."""
+        with self.locked(reference, "start") as container:
+            if container.state.status in (Status.RUNNING, Status.PAUSED):
+                raise WrongState(f"container {container.name} already runs")
+            self.clean_up(container.id)
+            with ExitStack() as undo:
+                undo.callback(self.clean_up, container.id)
+                state = self._launch(container.spec, restarts)
+                undo.pop_all()
+            return Container(spec=container.spec, state=state)
+
+    def _launch(self, spec: ContainerSpec, restarts: int) -> ContainerState:
+        ensure_bridge(self.host)
+        cgroup = self.cgroup(spec.id)
+        cgroup.create(spec.limits)
+        capabilities = capability_set(spec.cap_add, spec.cap_drop)
+        confined = spec.seccomp == "default"
+        orders = SandboxOrders(
+            spec=spec,
+            directory=self.store.directory(spec.id),
+            run_dir=self.run_dir(spec.id),
+            cgroup_paths=cgroup.paths(),
+            capabilities=tuple(sorted(capabilities)),
+            seccomp=default_profile(frozenset(spec.cap_add)) if confined else b"",
+        )
+        with MonitorLaunch(orders, "run") as launch:
+            init_pid = int(launch.expect("created")["init_pid"])
+            if spec.network is not None:
+                with ContainerNetwork(self.host, spec.id) as network:
+                    network.attach(init_pid, spec.network)
+                    network.publish(spec.ports, spec.network)
+            state = running_state(init_pid, launch.process.pid, restarts=restarts)
+            # Before the first instruction: a crash of ours from here on leaves a state that tells the truth.
+            self.store.write_state(spec.id, state)
+            launch.tell("go")
+            launch.expect("started")
+        return state
+
+    def stop(self, reference: str, timeout_s: float = 10.0) -> Container:
+        """SIGTERM, and SIGKILL after ``timeout_s``; the container stays as exited."""
+        with self.locked(reference, "stop") as container:
+            if container.state.status not in (Status.RUNNING, Status.PAUSED):
+                return container
+            self._note_user_stop(container)
+            cgroup = self.cgroup(container.id)
+            send_signal(container, signal.SIGTERM)
+            cgroup.thaw()
+            if not self._wait_gone(container, timeout_s):
+                cgroup.kill()
+                if not self._wait_gone(container, KILL_WAIT_S):
+                    raise Busy(
+                        f"container {container.name} does not end", hint="a process hangs in the kernel: see dmesg"
+                    )
+        return self.get(container.id)
+
+    def kill(self, reference: str, signal_number: int = signal.SIGKILL) -> None:
+        """Send a signal to the container's first process; SIGKILL ends all of it."""
+        with self.locked(reference, "kill") as container:
+            self._must_run(container)
+            if signal_number == signal.SIGKILL:
+                self._note_user_stop(container)
+                self.cgroup(container.id).kill()
+                self._wait_gone(container, KILL_WAIT_S)
+            else:
+                send_signal(container, signal_number)
+
+    def restart(self, reference: str, timeout_s: float = 10.0) -> Container:
+        self.stop(reference, timeout_s)
+        return self.start(reference)
+
+    def pause(self, reference: str) -> None:
+        """Freeze all of the container's processes until ``unpause``."""
+        with self.locked(reference, "pause") as container:
+            self._must_run(container)
+            if container.state.status == Status.PAUSED:
+                raise WrongState(f"container {container.name} is already paused")
+            self.cgroup(container.id).freeze()
+            self.store.write_state(container.id, dataclasses.replace(container.state, status=Status.PAUSED))
+
+    def unpause(self, reference: str) -> None:
+        with self.locked(reference, "unpause") as container:
+            if container.state.status != Status.PAUSED:
+                raise WrongState(f"container {container.name} is not paused")
+            self.cgroup(container.id).thaw()
+            self.store.write_state(container.id, dataclasses.replace(container.state, status=Status.RUNNING))
+
+    def remove(self, reference: str, *, force: bool = False) -> None:
+        """Delete a container that does not run; ``force`` kills it first."""
+        with self.locked(reference, "remove") as container:
+            if container.state.status in (Status.RUNNING, Status.PAUSED):
+                if not force:
+                    raise WrongState(f"container {container.name} runs", hint="stop it first, or give --force")
+                self._note_user_stop(container)
+                self.cgroup(container.id).kill()
+                self._wait_gone(container, KILL_WAIT_S)
+            self.clean_up(container.id)
+            self.store.remove(container.id)
+
+    def wait(self, reference: str) -> int:
+        """Block until the container has ended; its exit code."""
+        container = self.get(reference)
+        if container.state.status in (Status.RUNNING, Status.PAUSED):
+            with contextlib.suppress(WrongState):
+                answer = ask_monitor(self.host, container.id, "wait", timeout_s=None)
+                return int(answer["exit_code"])
+            container = self.get(container.id)
+        if container.state.exit_code is None:
+            raise WrongState(f"container {container.name} is {container.state.status} and has no exit code")
+        return container.state.exit_code
+
+    def clean_up(self, container_id: str) -> None:
+        """Remove what a container that does not run may have left in kernel and run directory. Idempotent."""
+        cgroup = self.cgroup(container_id)
+        cgroup.kill()
+        cgroup.wait_empty(KILL_WAIT_S)
+        cgroup.remove()
+        with ContainerNetwork(self.host, container_id) as network:
+            network.detach()
+        shutil.rmtree(self.run_dir(container_id), ignore_errors=True)
+
+    def _must_run(self, container: Container) -> None:
+        if container.state.status not in (Status.RUNNING, Status.PAUSED):
+            raise WrongState(f"container {container.name} is {container.state.status}")
+
+    def _note_user_stop(self, container: Container) -> None:
+        self.store.write_state(container.id, dataclasses.replace(container.state, stopped_by_user=True))
+
+    def _wait_gone(self, container: Container, timeout_s: float) -> bool:
+        """Until the first process is gone and its monitor has recorded the exit."""
+        deadline = time.monotonic() + timeout_s
+        state = container.state
+        while time.monotonic() < deadline:
+            init_alive = process_start_ticks(state.init_pid) == state.init_start_ticks
+            monitor_alive = process_start_ticks(state.monitor_pid) == state.monitor_start_ticks
+            if not init_alive and not monitor_alive:
+                return True
+            time.sleep(POLL_S)
+        return False
+
+
+def running_state(init_pid: int, monitor_pid: int, *, restarts: int = 0, started_at: str = "") -> ContainerState:
+    """The state of a container that has just come up with these processes."""
+    return ContainerState(
+        status=Status.RUNNING,
+        init_pid=init_pid,
+        init_start_ticks=process_start_ticks(init_pid) or 0,
+        monitor_pid=monitor_pid,
+        monitor_start_ticks=process_start_ticks(monitor_pid) or 0,
+        started_at=started_at or utc_now(),
+        restarts=restarts,
+    )
+
+
+def utc_now() -> str:
+    """RFC 3339 in UTC with milliseconds."""
+    now = datetime.datetime.now(datetime.UTC)
+    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def send_signal(container: Container, number: int) -> None:
+    """To the container's first process and no other: the pid is checked against its start time by a pidfd."""
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(container.state.init_pid)
+        try:
+            if process_start_ticks(container.state.init_pid) == container.state.init_start_ticks:
+                signal.pidfd_send_signal(descriptor, number)
+        finally:
+            os.close(descriptor)
+
+
+def read_process(pid: int) -> ProcessInfo | None:
+    """None when the process has gone meanwhile."""
+    directory = Path(f"/proc/{pid}")
+    try:
+        status = dict(line.split(":\t", 1) for line in (directory / "status").read_text().splitlines() if ":\t" in line)
+        fields = (directory / "stat").read_text().rpartition(")")[2].split()
+        command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return None
+    ticks = int(fields[11]) + int(fields[12])
+    return ProcessInfo(
+        pid=int(status["NSpid"].split()[-1]),
+        host_pid=pid,
+        user=status["Uid"].split()[1],
+        cpu_s=ticks / os.sysconf("SC_CLK_TCK"),
+        command=command or f"[{status['Name']}]",
+    )
+
+
+__all__ = ["Containers", "NotFound", "ProcessInfo", "RuntimeFault", "running_state", "utc_now"]

@@ -1,0 +1,195 @@
+"""A dump of one container that is held at its end: nothing is lost or resumed before the caller decides.
+
+prepare()   CRIU is started and warm and waits at ``pre-dump``; the container still runs
+freeze()    the cgroup freezer stops every task, the log is complete, the address answers nothing
+dump()      CRIU writes images (and pages) and waits at ``post-dump``; the freezer holds the tasks as well
+finish()    the source's copy is killed          or   rollback()   it runs on as if nothing had been
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from pycriu import rpc_pb2 as rpc
+
+from runtime.api import Container
+from runtime.container import Containers
+from runtime.criu.binary import CriuBinary
+from runtime.criu.log import failure
+from runtime.criu.options import ExternalMount, dump_request, external_mounts
+from runtime.criu.rpc import CriuSession
+from runtime.errors import CriuFailed
+from runtime.network import ContainerNetwork
+from runtime.sandbox.launch import ask_monitor
+
+PREPARE_TIMEOUT_S = 30.0
+FREEZE_TIMEOUT_S = 10.0
+# CRIU is silent while it walks memory; 4 GiB take seconds here, a terabyte minutes.
+DUMP_TIMEOUT_S = 600.0
+FINISH_TIMEOUT_S = 60.0
+
+
+class HeldDump:
+    """One dump. ``images`` is an empty directory that exists. Not thread safe except for the page server's socket."""
+
+    def __init__(self, containers: Containers, container: Container, criu: CriuBinary, images: Path) -> None:
+        self._containers = containers
+        self.container = container
+        self._criu = criu
+        self.images = images
+        self._cgroup = containers.cgroup(container.id)
+        self._network = ContainerNetwork(containers.host, container.id)
+        self._session: CriuSession | None = None
+        self._frozen = False
+        self._held = False
+        self.mounts: tuple[ExternalMount, ...] = ()
+        self.pipes: tuple[int, int] = (0, 0)
+        self.marks: dict[str, float] = {}
+        """time.monotonic() of: freeze, frozen, seized, dumped, held, finished"""
+
+    def prepare(self, *, page_socket: socket.socket | None = None, leave_running: bool = False) -> None:
+        """Everything that can be done while the container runs. ``page_socket`` is CRIU's end of a socketpair."""
+        state = self.container.state
+        release_exec_waiters(self._containers, self.container.id)
+        status = ask_monitor(self._containers.host, self.container.id, "status")
+        self.pipes = (status["pipes"][0], status["pipes"][1])
+        self.mounts = external_mounts(self.container.spec, Path(f"/proc/{state.init_pid}/mountinfo").read_text())
+        images_fd = os.open(self.images, os.O_RDONLY | os.O_DIRECTORY)
+        output = os.open(self.images / "criu-output.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        passed = [page_socket.fileno()] if page_socket else []
+        try:
+            self._session = CriuSession.spawn(self._criu, pass_fds=passed, output=output)
+        finally:
+            os.close(output)
+        request = dump_request(
+            init_pid=state.init_pid,
+            images_fd=images_fd,
+            mounts=self.mounts,
+            freeze_cgroup=self._cgroup.criu_freezer_path(),
+            page_server_fd=page_socket.fileno() if page_socket else None,
+            leave_running=leave_running,
+        )
+        self._session.send(request)
+        try:
+            # CRIU opens the directory as /proc/<our pid>/fd/<number>, so it stays open here until then.
+            self._advance_to("pre-dump", PREPARE_TIMEOUT_S)
+        finally:
+            os.close(images_fd)
+
+    def freeze(self) -> None:
+        """Stop the container. From here the blackout runs."""
+        self.marks["freeze"] = time.monotonic()
+        self._frozen = True
+        self._network.disconnect()
+        self._cgroup.freeze(FREEZE_TIMEOUT_S)
+        # What the container wrote before is in the log now, and not in a pipe that CRIU would dump a second time.
+        ask_monitor(self._containers.host, self.container.id, "drain")
+        self.marks["frozen"] = time.monotonic()
+
+    def dump(self) -> None:
+        """Until CRIU has written everything; then tasks are held twice, by CRIU and by the freezer."""
+        session = self._active()
+        session.acknowledge()
+        self._advance_to("query-ext-files", DUMP_TIMEOUT_S)
+        self.marks["seized"] = time.monotonic()
+        session.acknowledge()
+        self._advance_to("post-dump", DUMP_TIMEOUT_S)
+        self._held = True
+        self.marks["dumped"] = time.monotonic()
+        # CRIU thawed the group after seizing its tasks. From now on nothing runs, whoever dies.
+        self._cgroup.freeze(FREEZE_TIMEOUT_S)
+        self.marks["held"] = time.monotonic()
+
+    def finish(self) -> None:
+        """Kill the held copy: the container lives elsewhere now. Its end is not recorded as an exit."""
+        with contextlib.suppress(Exception):
+            ask_monitor(self._containers.host, self.container.id, "release")
+        session = self._active()
+        session.acknowledge()
+        self._held = False
+        with contextlib.suppress(CriuFailed):
+            self._until_response(session, FINISH_TIMEOUT_S)
+        self.marks["finished"] = time.monotonic()
+        self.close()
+
+    def resume(self) -> None:
+        """After a dump with ``leave_running``: accept it, and let the container run on."""
+        session = self._active()
+        session.acknowledge()
+        self._held = False
+        self._until_response(session, FINISH_TIMEOUT_S)
+        self._thaw()
+        self.close()
+
+    def rollback(self) -> None:
+        """The container runs on, with its network; safe at any moment before ``finish`` and when called twice."""
+        if self._session is not None:
+            with contextlib.suppress(CriuFailed, OSError):
+                if self._held or "freeze" not in self.marks:
+                    self._session.acknowledge(False)
+                self._held = False
+                self._until_response(self._session, FINISH_TIMEOUT_S)
+        self._thaw()
+        self.close()
+
+    def _thaw(self) -> None:
+        if self._frozen:
+            self._cgroup.thaw()
+            if self.container.spec.network is not None:
+                self._network.connect()
+            self._frozen = False
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        self._network.close()
+
+    def _active(self) -> CriuSession:
+        if self._session is None:
+            raise CriuFailed("the dump is already over")
+        return self._session
+
+    def _advance_to(self, name: str, timeout_s: float) -> None:
+        """Answer notifications up to ``name``, which stays unanswered."""
+        session = self._active()
+        while True:
+            event = session.next_event(timeout_s)
+            if event.type != rpc.NOTIFY:
+                raise failure("dump", self._log_text(), event.cr_errno)
+            if event.notify.script == name:
+                return
+            session.acknowledge()
+
+    def _until_response(self, session: CriuSession, timeout_s: float) -> Any:
+        while True:
+            event = session.next_event(timeout_s)
+            if event.type != rpc.NOTIFY:
+                return event
+            session.acknowledge()
+
+    def _log_text(self) -> str:
+        texts = []
+        for name in ("dump.log", "criu-output.log"):
+            with contextlib.suppress(OSError):
+                texts.append((self.images / name).read_text(errors="replace"))
+        return "\n".join(texts)
+
+
+def release_exec_waiters(containers: Containers, container_id: str) -> None:
+    """End the outside parents of exec'd programs, which then belong to the container's init (sandbox/enter.py)."""
+    directory = containers.run_dir(container_id) / "waiters"
+    members = set(containers.cgroup(container_id).pids())
+    for name in os.listdir(directory) if directory.exists() else ():
+        # A stale file may name a pid that is somebody else's by now; only a member of the container is ours.
+        if name.isdigit() and int(name) in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(name), signal.SIGKILL)
+        with contextlib.suppress(FileNotFoundError):
+            (directory / name).unlink()

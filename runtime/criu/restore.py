@@ -1,0 +1,179 @@
+"""A restore of one container that is held before its first instruction, until the caller releases or discards it.
+
+prepare()   sandbox mounted, monitor and CRIU started; images may still be on their way
+restore()   everything is in place, no instruction has run: CRIU waits at ``post-restore``
+release()   it runs, and its address answers here        or   discard()   nothing of it is left
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pycriu import rpc_pb2 as rpc
+
+from runtime.api import ContainerSpec, ContainerState
+from runtime.container import Containers, running_state
+from runtime.criu.binary import CriuBinary
+from runtime.criu.log import failure
+from runtime.criu.options import ExternalMount, restore_request
+from runtime.criu.rpc import CriuSession
+from runtime.errors import CriuFailed
+from runtime.network import ContainerNetwork, ensure_bridge
+from runtime.sandbox.launch import MonitorLaunch, SandboxOrders
+
+RESTORE_TIMEOUT_S = 600.0
+RELEASE_TIMEOUT_S = 60.0
+
+
+class HeldRestore:
+    """One restore of ``spec`` from the image set in ``images``. ``directory`` holds upper, work and log."""
+
+    def __init__(
+        self, containers: Containers, spec: ContainerSpec, criu: CriuBinary, images: Path, directory: Path
+    ) -> None:
+        self._containers = containers
+        self.spec = spec
+        self._criu = criu
+        self._images = images
+        self._directory = directory
+        self._run_dir = containers.run_dir(spec.id)
+        self._network = ContainerNetwork(containers.host, spec.id)
+        self._launch: MonitorLaunch | None = None
+        self._session: CriuSession | None = None
+        self._sandbox: dict[str, Any] = {}
+        self._init_pid = 0
+        self.marks: dict[str, float] = {}
+        """time.monotonic() of: restore, namespaces, restored, release, connected, released"""
+
+    @property
+    def monitor_pid(self) -> int:
+        return self._launch.process.pid if self._launch else 0
+
+    def prepare(self) -> None:
+        """Make cgroup, bridge, sandbox; start the monitor, and CRIU below it."""
+        if self.spec.network is not None:
+            ensure_bridge(self._containers.host)
+        cgroup = self._containers.cgroup(self.spec.id)
+        cgroup.create(self.spec.limits)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        orders = SandboxOrders(
+            spec=self.spec,
+            directory=self._directory,
+            run_dir=self._run_dir,
+            cgroup_paths=cgroup.paths(),
+            criu_argv=self._criu.argv,
+        )
+        try:
+            self._launch = MonitorLaunch(orders, "restore", (theirs.fileno(),))
+        finally:
+            theirs.close()
+        self._session = CriuSession(ours)
+        self._sandbox = self._launch.expect("sandbox")
+
+    def tmpfs_roots(self) -> list[Path]:
+        """The prepared tmpfs mounts (/dev/shm first), reachable through the monitor's mount namespace."""
+        base = Path(f"/proc/{self.monitor_pid}/root")
+        return [Path(f"{base}{self._run_dir}/tmpfs-{n}") for n in range(1 + len(self.spec.tmpfs))]
+
+    def restore(self, mounts: Sequence[ExternalMount], pipes: tuple[int, int], *, auto_dedup: bool = False) -> None:
+        """Bring everything back up to the last moment before an instruction runs. Raises CriuFailed."""
+        if self._session is None:
+            raise CriuFailed("the restore was not prepared")
+        self.marks["restore"] = time.monotonic()
+        # CRIU opens the directory as /proc/<our pid>/fd/<number>, so it stays open here until then.
+        images_fd = os.open(self._images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._restore(images_fd, mounts, pipes, auto_dedup)
+        finally:
+            os.close(images_fd)
+
+    def _restore(
+        self, images_fd: int, mounts: Sequence[ExternalMount], pipes: tuple[int, int], auto_dedup: bool
+    ) -> None:
+        assert self._session is not None
+        request = restore_request(
+            spec=self.spec,
+            run_dir=self._run_dir,
+            images_fd=images_fd,
+            root=self._sandbox["root"],
+            mounts=mounts,
+            inherited=tuple(zip(pipes, self._sandbox["log_fds"], strict=True)),
+            auto_dedup=auto_dedup,
+        )
+        self._session.send(request)
+        while True:
+            event = self._session.next_event(RESTORE_TIMEOUT_S)
+            if event.type != rpc.NOTIFY:
+                raise failure("restore", self._log_text(), event.cr_errno)
+            if event.notify.script == "setup-namespaces":
+                self._init_pid = event.notify.pid
+                self._set_up_network()
+                self.marks["namespaces"] = time.monotonic()
+            if event.notify.script == "post-restore":
+                self.marks["restored"] = time.monotonic()
+                return
+            self._session.acknowledge()
+
+    def _set_up_network(self) -> None:
+        # The bridge must not know the address here yet: an empty namespace would answer peers with a reset.
+        if self.spec.network is not None:
+            self._network.attach(self._init_pid, self.spec.network, connect=False)
+
+    def release(self, *, started_at: str = "", restarts: int = 0) -> ContainerState:
+        """Let it run. After this returned, the container runs here or CriuFailed says that it died on the way."""
+        assert self._session is not None and self._launch is not None
+        self.marks["release"] = time.monotonic()
+        self._session.acknowledge()
+        while True:
+            event = self._session.next_event(RELEASE_TIMEOUT_S)
+            if event.type != rpc.NOTIFY:
+                break
+            if event.notify.script == "pre-resume" and self.spec.network is not None:
+                self._network.connect()
+                self.marks["connected"] = time.monotonic()
+            self._session.acknowledge()
+        self.marks["released"] = time.monotonic()
+        if not event.success:
+            raise failure("restore", self._log_text(), event.cr_errno)
+        return running_state(self._init_pid, self.monitor_pid, restarts=restarts, started_at=started_at)
+
+    def settle(self) -> None:
+        """After ``release``, outside the blackout: announce the address, publish ports, let the monitor take over."""
+        assert self._launch is not None and self._session is not None
+        if self.spec.network is not None:
+            self._network.announce()
+            self._network.publish(self.spec.ports, self.spec.network)
+        self._session.close()
+        self._launch.tell("adopt", init_pid=self._init_pid)
+        with self._launch:
+            self._launch.expect("started")
+        self._network.close()
+
+    def discard(self) -> None:
+        """Undo everything; safe at any moment before ``release`` and when called twice."""
+        if self._session is not None:
+            with contextlib.suppress(CriuFailed, OSError):
+                if "restored" in self.marks:
+                    self._session.acknowledge(False)
+                    self._session.next_event(RELEASE_TIMEOUT_S)
+            self._session.close()
+            self._session = None
+        if self._launch is not None:
+            with self._launch:
+                pass
+            self._launch = None
+        self._network.close()
+        self._containers.clean_up(self.spec.id)
+
+    def _log_text(self) -> str:
+        texts = []
+        for path in (self._images / "restore.log", self._run_dir / "criu-output.log"):
+            with contextlib.suppress(OSError):
+                texts.append(path.read_text(errors="replace"))
+        return "\n".join(texts)
