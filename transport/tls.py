@@ -215,20 +215,21 @@ def _translated() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class TlsConnector:
-    """Reaches the agent at host:port, which must show exactly the certificate `peer_cert_pem`."""
+    """Reaches the agent at host:port, which must show exactly the certificate `peer_cert_pem`. `reach_s` bounds the TCP
+    connection alone: who has another way to go learns soon that nobody is there, and a busy agent still has its time."""
 
     host: str
     port: int
     identity: Identity
     peer_cert_pem: str
     name: str
+    reach_s: float | None = None
 
     def connect(self, *, deadline: Deadline) -> Channel:
         expected = certificate_der(self.peer_cert_pem)
         context = _client_context(self.identity)
-        sock = dial(
-            self.host, self.port, deadline=deadline, hint="is `cmigrate serve` running there, and the port open?"
-        )
+        reach = deadline if self.reach_s is None else deadline.within(self.reach_s)
+        sock = dial(self.host, self.port, deadline=reach, hint="is `cmigrate serve` running there, and the port open?")
         stream = TlsStream(sock, context, server_side=False)
         try:
             self._check(stream.handshake(deadline), expected)
