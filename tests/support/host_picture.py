@@ -1,0 +1,76 @@
+"""What there is on a lab host that a container or a move may leave behind, as one JSON object. Runs on that host."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+# Kept on purpose: reports and journals of moves, what a first start makes once, locks.
+KEPT = re.compile(r"/(reports|journal|identity|hosts|features?)\b|(^|/)\.?[\w-]*lock$|\.sock$|kdat|\.json$")
+
+
+def processes() -> list[str]:
+    """Everything in this host's network namespace, but for what is about to end with this program."""
+    mine = os.stat("/proc/self/ns/net").st_ino
+    skipped = {os.getpid(), os.getppid()}
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) in skipped:
+            continue
+        try:
+            if os.stat(f"/proc/{entry}/ns/net").st_ino == mine:
+                command = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found.append(f"{entry} {command.strip()}")
+        except OSError:
+            continue
+    return found
+
+
+def mounts() -> list[str]:
+    lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [f"{fields[4]} ({fields[fields.index('-') + 1]})" for fields in lines]
+
+
+def cgroups(parent: str) -> list[str]:
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[fields.index("-") + 1] in ("cgroup", "cgroup2"):
+            top = os.path.join(fields[4], parent)
+            found += [directory for directory, _names, _files in os.walk(top)]
+    return found
+
+
+def files(*tops: str) -> list[str]:
+    """Directories to the third level: a container's or a move's shows, its content need not."""
+    found = []
+    for top in tops:
+        for directory, names, _files in os.walk(top):
+            found.append(directory)
+            if directory[len(top) :].count("/") >= 2:
+                names.clear()
+    return [path for path in found if not KEPT.search(path)]
+
+
+def run(*argv: str) -> list[str]:
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=False, stdin=subprocess.DEVNULL)
+    return done.stdout.splitlines()
+
+
+def main() -> None:
+    parent, state_dir, run_dir = sys.argv[1:4]
+    picture = {
+        "process": processes(),
+        "mount": mounts(),
+        "cgroup": cgroups(parent),
+        "link": [line.split(":")[1].strip().split("@")[0] for line in run("ip", "-o", "link")],
+        "nft": run("nft", "list", "tables"),
+        "directory": files(state_dir, run_dir),
+    }
+    print(json.dumps(picture))
+
+
+if __name__ == "__main__":
+    main()
