@@ -4,7 +4,7 @@ Every message is a map with a ``type``. ``to_message`` gives that map; ``Class.p
 from a peer and raise ProtocolViolation unless every field is there, of its type and within its bounds. A field nobody
 knows is ignored, a type nobody knows is refused: the newer side owns compatibility. docs/protocol.md has the order.
 
-Bulk (tree-changes, image, space, pages) is announced by maps of its own, see incoming.py and outgoing.py.
+Bulk (tree-changes, image, space, pages, log) is announced by maps of its own, see incoming.py and outgoing.py.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from migrate.wire import (
     MAX_TEXT,
     Check,
     Unfit,
-    blob,
     choice,
     integer,
     list_of,
     map_of,
-    optional,
     read_facts,
     real,
     text,
@@ -39,9 +37,6 @@ from runtime.errors import BadInput, CorruptData
 PROTOCOL = 1
 """The newest protocol this version speaks."""
 OLDEST_PROTOCOL = 1
-
-MAX_LOG_BYTES = 1 << 19
-"""A log inside a control message; a control frame holds 1 MiB."""
 
 
 def _read_spec(value: Any) -> ContainerSpec:
@@ -94,7 +89,6 @@ Mounts = Annotated[
 Pipes = Annotated[tuple[int, int], Check(_read_pipes, list)]
 Lines = Annotated[tuple[str, ...], list_of(text(MAX_TEXT), 64)]
 FindingList = Annotated[tuple[Mapping[str, str], ...], list_of(Check(_read_finding, dict), 256)]
-Log = Annotated[bytes | None, optional(blob(MAX_LOG_BYTES))]
 Standing = Annotated[str, choice("held", "running", "refused", "committed")]
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -222,7 +216,6 @@ class FrozenState(Message):
     pipes: Pipes
     started_at: Text = ""
     restarts: Count = 0
-    log: Log = None
     manifest: Digests = field(default_factory=dict)
 
 
@@ -256,11 +249,12 @@ class Running(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Done(Message):
-    """Source has thrown its copy away; the target need keep nothing for it."""
+    """Source has thrown its copy away; the target need keep nothing for it. ``report`` is to be kept there as well."""
 
     TYPE: ClassVar[str] = "done"
     move_id: MoveId
     epoch: Epoch
+    report: Facts = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,7 +328,7 @@ class Answer(Message):
     state: Standing
 
 
-BULK_TYPES = ("tree-changes", "image", "space", "pages")
+BULK_TYPES = ("tree-changes", "image", "space", "pages", "log")
 MESSAGES: dict[str, type[Message]] = {
     kind.TYPE: kind
     for kind in (

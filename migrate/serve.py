@@ -23,6 +23,7 @@ from types import FrameType
 from migrate.errors import MigrateError
 from migrate.inventory import Inventory
 from migrate.session import Dispatcher
+from migrate.wiring import register_handlers
 from runtime.errors import RuntimeFault
 from runtime.host import HostConfig, load_host_config
 from transport.api import Channel, Deadline, Peer, TransportError
@@ -50,6 +51,7 @@ def run_session(channel: Channel, host: HostConfig) -> bool:
         channel.abort()
 
     before = signal.signal(signal.SIGTERM, cut)
+    register_handlers()
     try:
         Dispatcher(channel, host).run()
     except (MigrateError, RuntimeFault, TransportError, OSError) as error:

@@ -26,9 +26,9 @@ def restart_delay_s(container: Container) -> float | None:
         return None
     if state.stopped_by_user:
         return None
-    if policy.name == "on-failure":
-        if state.exit_code == 0 or (policy.max_retries is not None and state.restarts >= policy.max_retries):
-            return None
+    used_up = policy.max_retries is not None and state.restarts >= policy.max_retries
+    if policy.name == "on-failure" and (state.exit_code == 0 or used_up):
+        return None
     return float(min(FIRST_DELAY_S * 2 ** min(state.restarts, 20), MAX_DELAY_S))
 
 

@@ -238,7 +238,11 @@ class Containers:
         cgroup.remove()
         with ContainerNetwork(self.host, container_id) as network:
             network.detach()
-        shutil.rmtree(self.run_dir(container_id), ignore_errors=True)
+        run_dir = self.run_dir(container_id)
+        if any(os.path.ismount(path) for path in (run_dir / "root", run_dir / "tmpfs-0")):
+            # Only a monitor sees mounts there; deleting through them would empty the container's own root.
+            raise WrongState(f"{run_dir} is mounted here", hint="this runs in a monitor's mount namespace")
+        shutil.rmtree(run_dir, ignore_errors=True)
 
     def _must_run(self, container: Container) -> None:
         if container.state.status not in (Status.RUNNING, Status.PAUSED):

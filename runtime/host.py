@@ -19,8 +19,8 @@ class HostConfig:
 
     ``state_dir`` survives a reboot (containers, reports, journals); ``run_dir`` does not and must be a tmpfs.
     ``cgroup_parent`` is a path below each cgroup hierarchy's root. ``subnet`` is where container addresses come from,
-    ``gateway`` their way out. ``bridge_address`` (with prefix
-    length) is the bridge's own address where that is not the gateway's. ``stream_port`` is where ``cmigrate serve`` listens.
+    ``gateway`` their way out. ``bridge_address`` (with prefix length) is the bridge's own where that is not the
+    gateway's. ``stream_port`` is where ``cmigrate serve`` listens.
     """
 
     name: str

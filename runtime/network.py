@@ -54,7 +54,7 @@ def mac_for(address: str) -> str:
 
 
 def allocate_address(host: HostConfig, container_id: str, used: Iterable[str], wanted: str = "") -> NetworkSpec:
-    """``wanted`` (with or without prefix length), or one made from the id: two hosts on one network seldom choose alike.
+    """``wanted`` (with or without prefix length), or one made from the id: two hosts seldom choose alike.
 
     ``used`` are addresses of containers known here. Raises BadInput for a wanted one that does not fit, NoRoom.
     """

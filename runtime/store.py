@@ -122,7 +122,7 @@ class ContainerStore:
 
     def _make(self, spec: ContainerSpec, marker: str, content: dict[str, Any], state: ContainerState) -> None:
         with self._store_lock():
-            taken = {known.name: known.id for known in self._all_specs()}
+            taken = {known.name: known.id for known in self.known_specs()}
             if spec.name in taken or spec.id in taken.values():
                 owner = taken.get(spec.name, spec.id)
                 raise NameTaken(
@@ -192,7 +192,8 @@ class ContainerStore:
                 found.append((str(data["move_id"]), spec_from_json(data["spec"])))
         return found
 
-    def _all_specs(self) -> list[ContainerSpec]:
+    def known_specs(self) -> list[ContainerSpec]:
+        """Of all that are here or on their way here."""
         return [c.spec for c in self.containers()] + [spec for _move, spec in self.incoming()]
 
     def _directories(self) -> list[Path]:

@@ -52,6 +52,11 @@ class HeldRestore:
         """time.monotonic() of: restore, namespaces, restored, release, connected, released"""
 
     @property
+    def may_have_run(self) -> bool:
+        """Whether an instruction of the container may have run here."""
+        return "resuming" in self.marks
+
+    @property
     def monitor_pid(self) -> int:
         return self._launch.process.pid if self._launch else 0
 
@@ -127,7 +132,8 @@ class HeldRestore:
 
     def release(self, *, started_at: str = "", restarts: int = 0) -> ContainerState:
         """Let it run. After this returned, the container runs here or CriuFailed says that it died on the way."""
-        assert self._session is not None and self._launch is not None
+        assert self._session is not None
+        assert self._launch is not None
         self.marks["release"] = time.monotonic()
         self._session.acknowledge()
         while True:
@@ -137,6 +143,8 @@ class HeldRestore:
             if event.notify.script == "pre-resume" and self.spec.network is not None:
                 self._network.connect()
                 self.marks["connected"] = time.monotonic()
+            if event.notify.script == "pre-resume":
+                self.marks["resuming"] = time.monotonic()
             self._session.acknowledge()
         self.marks["released"] = time.monotonic()
         if not event.success:
@@ -145,7 +153,8 @@ class HeldRestore:
 
     def settle(self) -> None:
         """After ``release``, outside the blackout: announce the address, publish ports, let the monitor take over."""
-        assert self._launch is not None and self._session is not None
+        assert self._launch is not None
+        assert self._session is not None
         if self.spec.network is not None:
             self._network.announce()
             self._network.publish(self.spec.ports, self.spec.network)

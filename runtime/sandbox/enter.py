@@ -1,6 +1,6 @@
-"""Runs one more program inside a running container: a stand-alone program, ``python -I -S -B enter.py``. Stdlib only.
+"""Runs one more program inside a running container: ``python -I -S -B enter.py FD``, stand-alone, stdlib only.
 
-Its orders are one JSON text on descriptor 3 (which closes), the program's stdio are descriptors 0-2.
+Its orders are one JSON text on descriptor FD (which closes), the program's stdio are descriptors 0-2.
 
 Three processes: this one enters the namespaces and forks a *waiter* inside the container, which forks the program.
 The waiter passes the exit code on and can be killed at any time: the program then belongs to the container's init,
@@ -86,7 +86,7 @@ def wait_for(up: socket.socket) -> int:
 
 
 def main() -> int:
-    with open(3, "rb") as file:
+    with open(int(sys.argv[1]), "rb") as file:
         orders: dict[str, Any] = json.loads(file.read())
     init.join_cgroups(orders["cgroup_paths"])
     waiters = os.open(orders["waiters"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -7,7 +7,7 @@ own the same way, whose child ``criu swrk`` brings the container up as the monit
 FD is one end of a SOCK_SEQPACKET pair: JSON datagrams, descriptors by SCM_RIGHTS.
   caller: {"mode": "run"|"restore", "spec", "directory", "run_dir", "cgroup_paths", ...}   (launch.py)
   run      monitor: {"event": "created", "init_pid"}   caller: {"op": "go"}   monitor: {"event": "started"}
-  restore  monitor: {"event": "sandbox", ...}          caller: {"op": "adopt", "init_pid"}   monitor: {"event": "started"}
+  restore  monitor: {"event": "sandbox", ...}   caller: {"op": "adopt", "init_pid"}   monitor: {"event": "started"}
   either   monitor: {"event": "failed", "what", "exit_code"} and it undoes what it did and ends.
 The caller closing FD before "started" is the order to undo everything.
 Afterwards RUN/monitor.sock takes one request a connection: see service.py.
@@ -57,6 +57,7 @@ class Monitor:
 
     def main(self) -> int:
         calls.prctl(calls.PR_SET_CHILD_SUBREAPER, 1)
+        self._host_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         calls.unshare(calls.CLONE_NEWNS)
         calls.mount("none", "/", "", calls.MS_REC | calls.MS_PRIVATE)
         try:
@@ -78,7 +79,12 @@ class Monitor:
         service = Service(self._config, self._init_pid, [reader for reader, _writer in self._pipes])
         self._tell({"event": "started", "init_pid": self._init_pid})
         self._control.close()
-        return service.loop()
+        service.loop()
+        # Out of the namespace with the container's mounts: what cleans up must see the host's, and the mounts go.
+        os.chdir("/")
+        calls.setns(self._host_mounts, calls.CLONE_NEWNS)
+        service.start_aftermath()
+        return 0
 
     def _tell(self, message: dict[str, Any]) -> None:
         self._control.send(json.dumps(message).encode())

@@ -64,7 +64,7 @@ class Service:
         self._selector.register(reader, selectors.EVENT_READ, lambda fd: os.read(fd, 4096))
         return reader
 
-    def loop(self) -> int:
+    def loop(self) -> None:
         """Until the container's first process is gone; its exit is recorded before this returns."""
         status = self._reap()
         while status is None:
@@ -82,9 +82,6 @@ class Service:
         with contextlib.suppress(OSError):
             (Path(self._config["run_dir"]) / "monitor.sock").unlink()
         self._listener.close()
-        if not self._released:
-            self._run_aftermath()
-        return 0
 
     def _reap(self) -> int | None:
         found = None
@@ -175,8 +172,10 @@ class Service:
                             return True
         return False
 
-    def _run_aftermath(self) -> None:
+    def start_aftermath(self) -> None:
         """What needs netlink and the rest of the program happens in a process of its own: clean-up, restart policy."""
+        if self._released:
+            return
         with open(os.devnull, "r+b") as null:
             subprocess.Popen(
                 [self._config["python"], "-m", "runtime.aftermath", self._config["spec"]["id"]],

@@ -1,0 +1,151 @@
+"""What the target receives in bulk, and where it goes: root difference, image files, pages. The peer is not trusted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from migrate.errors import ProtocolViolation
+from runtime.criu.images import ImageSetWriter, PageImageWriter
+from runtime.criu.pages import SpaceId
+from runtime.tree import Change, TreeSink
+from transport.api import Channel, Deadline, Frame, FrameKind
+
+PAGE_BYTES = 4096
+MAX_CHANGES_PER_MESSAGE = 1024
+MAX_RUNS_PER_MESSAGE = 4096
+MAX_FILE_BYTES = 1 << 44
+
+
+class Incoming:
+    """Bulk receiver: feeds each frame to the right place until a control message that is not bulk comes."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        trees: Sequence[Path],
+        images: Path,
+        log: Path,
+        criu_version: tuple[int, int, int],
+        deadline: Callable[[], Deadline],
+    ) -> None:
+        self._channel = channel
+        self._deadline = deadline
+        self._roots = list(trees)
+        self._sinks = [TreeSink(root) for root in trees]
+        self._image_files = ImageSetWriter(images)
+        self._pages = PageImageWriter(images, criu_version)
+        self._space: SpaceId | None = None
+        self._log = log
+        self.received_bytes = 0
+
+    def until_control(self) -> dict[str, Any]:
+        """Receive and store bulk frames; returns the first control message that is none of theirs."""
+        handlers: dict[str, Callable[[Mapping[str, Any]], None]] = {
+            "tree-changes": self._tree_changes,
+            "image": self._image,
+            "log": self._receive_log,
+            "space": self._open_space,
+            "pages": self._receive_pages,
+        }
+        while True:
+            message = self._receive_control()
+            handler = handlers.get(str(message.get("type")))
+            if handler is None:
+                return message
+            handler(message)
+
+    def finish(self) -> None:
+        """Everything has arrived: complete the files."""
+        self._pages.finish()
+        for sink in self._sinks:
+            sink.finish()
+
+    def _receive_control(self) -> dict[str, Any]:
+        frame = self._channel.receive(deadline=self._deadline())
+        return frame.message()
+
+    def _receive_data(self, wanted_bytes: int, into: memoryview | None = None) -> Frame:
+        def place(_tag: int, length: int) -> memoryview | None:
+            if length > wanted_bytes:
+                raise ProtocolViolation(f"{length} bytes came where at most {wanted_bytes} were announced")
+            return into[:length] if into is not None else None
+
+        frame = self._channel.receive(deadline=self._deadline(), into=place)
+        if frame.kind is not FrameKind.DATA:
+            raise ProtocolViolation("data was announced and did not come")
+        self.received_bytes += len(frame.body)
+        return frame
+
+    def _tree_changes(self, message: Mapping[str, Any]) -> None:
+        number, changes = message.get("tree"), message.get("changes")
+        if not isinstance(number, int) or not 0 <= number < len(self._sinks) or not isinstance(changes, list):
+            raise ProtocolViolation("tree-changes does not fit")
+        if len(changes) > MAX_CHANGES_PER_MESSAGE:
+            raise ProtocolViolation(f"{len(changes)} changes in one message")
+        sink = self._sinks[number]
+        for item in changes:
+            change = Change.from_message(item)
+            sink.apply(change)
+            if change.has_content:
+                self._file_content(sink, change)
+
+    def _file_content(self, sink: TreeSink, change: Change) -> None:
+        """Data frames (tag: offset) up to an empty one."""
+        while True:
+            frame = self._receive_data(change.size)
+            if not len(frame.body):
+                return
+            if frame.tag + len(frame.body) > change.size:
+                raise ProtocolViolation("file content beyond the announced size")
+            sink.write(change, frame.tag, memoryview(frame.body))
+
+    def _image(self, message: Mapping[str, Any]) -> None:
+        name = message.get("name")
+        if not isinstance(name, str):
+            raise ProtocolViolation("image does not fit")
+        with self._image_files.create(name) as file:
+            self._receive_file(message.get("size"), file)
+
+    def _receive_log(self, message: Mapping[str, Any]) -> None:
+        with open(self._log, "wb") as file:
+            self._receive_file(message.get("size"), file)
+
+    def _receive_file(self, size: object, file: BinaryIO) -> None:
+        if not isinstance(size, int) or not 0 <= size <= MAX_FILE_BYTES:
+            raise ProtocolViolation("a file's size does not fit")
+        left = size
+        while left:
+            body = self._receive_data(left).body
+            if not len(body):
+                raise ProtocolViolation("a file ended early")
+            file.write(body)
+            left -= len(body)
+
+    def _open_space(self, message: Mapping[str, Any]) -> None:
+        kind, number = message.get("kind"), message.get("id")
+        if kind not in ("task", "shmem") or not isinstance(number, int) or not 0 <= number < 2**63:
+            raise ProtocolViolation("space does not fit")
+        self._space = SpaceId(kind, number)
+        self._pages.open(self._space)
+
+    def _receive_pages(self, message: Mapping[str, Any]) -> None:
+        flat = message.get("runs")
+        if self._space is None or not isinstance(flat, list) or len(flat) % 3 or len(flat) > 3 * MAX_RUNS_PER_MESSAGE:
+            raise ProtocolViolation("pages do not fit")
+        if not all(isinstance(number, int) and number >= 0 for number in flat):
+            raise ProtocolViolation("pages do not fit")
+        runs = list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+        size = sum(pages for _address, pages, _flags in runs) * PAGE_BYTES
+        with self._pages.reserve(self._space, runs) as view:
+            frame = self._receive_data(size, view)
+            if len(frame.body) != size:
+                raise ProtocolViolation(f"{len(frame.body)} bytes of pages came instead of {size}")
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            with contextlib.suppress(OSError):
+                sink.close()

@@ -1,0 +1,109 @@
+"""What the source sends in bulk: root difference, image files, pages. Counts bytes by kind.
+
+Control frames announce, data frames follow; docs/protocol.md has the grammar.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from runtime.criu.pages import RunReader, SpaceId
+from runtime.tree import Change, read_chunks
+from transport.api import Channel, Deadline, Frame
+
+PAGE_BYTES = 4096
+# One data frame of pages. Small enough to overlap reading with sending, large enough that framing costs nothing.
+PAGE_BATCH_BYTES = 4 << 20
+IMAGE_CHUNK_BYTES = 4 << 20
+CHANGES_PER_MESSAGE = 256
+
+
+class Outgoing:
+    """Bulk sender on one channel. ``deadline`` gives the deadline of each call, so that a phase can set its own."""
+
+    def __init__(self, channel: Channel, deadline: Callable[[], Deadline]) -> None:
+        self.channel = channel
+        self._deadline = deadline
+        self.sent_bytes: Counter[str] = Counter()
+
+    def control(self, message: Mapping[str, object]) -> None:
+        before = self.channel.bytes_sent
+        self.channel.send(Frame.control(message), deadline=self._deadline())
+        self.sent_bytes["control"] += self.channel.bytes_sent - before
+
+    def data(self, kind: str, tag: int, buffers: Sequence[memoryview | bytes]) -> None:
+        before = self.channel.bytes_sent
+        self.channel.send_data(tag, buffers, deadline=self._deadline())
+        self.sent_bytes[kind] += self.channel.bytes_sent - before
+
+    def tree(self, number: int, root: Path, changes: Iterable[Change]) -> None:
+        """Changes of tree ``number`` (0 the upper layer, 1.. the tmpfs mounts), each followed by its content."""
+        batch: list[dict[str, object]] = []
+        for change in changes:
+            batch.append(change.to_message())
+            if change.has_content or len(batch) >= CHANGES_PER_MESSAGE:
+                self.control({"type": "tree-changes", "tree": number, "changes": batch})
+                batch = []
+            if change.has_content:
+                for offset, chunk in read_chunks(root, change):
+                    self.data("files", offset, (chunk,))
+                self.data("files", 0, (b"",))
+        self.control({"type": "tree-changes", "tree": number, "changes": batch, "end": True})
+
+    def images(self, directory: Path) -> None:
+        """Every image file of ``directory``; the target refuses names that are not images."""
+        for path in sorted(directory.glob("*.img")):
+            with open(path, "rb") as file:
+                size = path.stat().st_size
+                self.control({"type": "image", "name": path.name, "size": size})
+                kind = "pages" if path.name.startswith("pages-") else "images"
+                while chunk := file.read(IMAGE_CHUNK_BYTES):
+                    self.data(kind, 0, (chunk,))
+
+    def log(self, path: Path) -> None:
+        """The container's log; it is append-only and complete once the container is frozen."""
+        if not path.exists():
+            return
+        with open(path, "rb") as file:
+            self.control({"type": "log", "size": path.stat().st_size})
+            left = path.stat().st_size
+            while left and (chunk := file.read(min(left, IMAGE_CHUNK_BYTES))):
+                self.data("files", 0, (chunk,))
+                left -= len(chunk)
+
+
+class PageSender:
+    """Consumer of the page server: batches runs and sends them on, in CRIU's order."""
+
+    def __init__(self, outgoing: Outgoing) -> None:
+        self._outgoing = outgoing
+        self._buffer = memoryview(bytearray(PAGE_BATCH_BYTES))
+        self._used = 0
+        self._runs: list[tuple[int, int, int]] = []
+
+    def open(self, space: SpaceId) -> None:
+        self.flush()
+        self._outgoing.control({"type": "space", "kind": space.kind, "id": space.id})
+
+    def run(self, space: SpaceId, address: int, pages: int, flags: int, source: RunReader) -> None:
+        done = 0
+        while done < pages:
+            room = (PAGE_BATCH_BYTES - self._used) // PAGE_BYTES
+            count = min(room, pages - done)
+            size = count * PAGE_BYTES
+            source.read_into(self._buffer[self._used : self._used + size])
+            self._runs.append((address + done * PAGE_BYTES, count, flags))
+            self._used += size
+            done += count
+            if self._used == PAGE_BATCH_BYTES:
+                self.flush()
+
+    def flush(self) -> None:
+        if self._runs:
+            flat = [number for run in self._runs for number in run]
+            self._outgoing.control({"type": "pages", "runs": flat})
+            self._outgoing.data("pages", 0, (self._buffer[: self._used],))
+        self._runs = []
+        self._used = 0

@@ -1,0 +1,35 @@
+"""Phases of a move on one clock. They are marks, not timers: nothing is computed or shown while a phase runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+class PhaseClock:
+    """``mark(name)`` ends the phase before it and begins ``name``; ``phases()`` gives (name, milliseconds) in order."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._marks: list[tuple[str, float]] = []
+
+    def mark(self, name: str, at: float | None = None) -> float:
+        moment = self._now() if at is None else at
+        self._marks.append((name, moment))
+        return moment
+
+    @property
+    def current(self) -> tuple[str, float] | None:
+        """The phase that runs, and when it began; None before the first."""
+        return self._marks[-1] if self._marks else None
+
+    def at(self, name: str) -> float:
+        """When ``name`` began. Raises KeyError."""
+        return dict(self._marks)[name]
+
+    def __contains__(self, name: str) -> bool:
+        return any(name == known for known, _moment in self._marks)
+
+    def phases(self, end: float) -> list[tuple[str, float]]:
+        moments = [*[moment for _name, moment in self._marks], end]
+        return [(name, (after - moment) * 1000) for (name, moment), after in zip(self._marks, moments[1:], strict=True)]

@@ -1,0 +1,301 @@
+"""The source's side of one move, following the table of machine.py.
+
+Until COMMIT is on this host's disk every failure ends with the container running here and nothing on the target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+from migrate import messages
+from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack
+from migrate.journal import Journal
+from migrate.links import Session
+from migrate.machine import Action, Event, Phase, step
+from migrate.observe import Held, PhaseEnded, PhaseStarted
+from migrate.outgoing import Outgoing, PageSender
+from migrate.phases import PhaseClock
+from runtime.api import Container
+from runtime.container import Containers
+from runtime.criu.binary import CriuBinary
+from runtime.criu.dump import HeldDump
+from runtime.criu.pages import PageServer
+from runtime.host import HostConfig
+from runtime.tree import Snapshot, compare, hash_files, scan
+from transport.api import Deadline, Frame, TransportError
+
+IDLE_TIMEOUT_S = 120.0
+# READY comes after the whole restore, which for an eager restore grows with memory.
+READY_TIMEOUT_S = 600.0
+DISCARD_TIMEOUT_S = 10.0
+FIRST_EPOCH = 1
+
+M = TypeVar("M", bound=messages.Message)
+
+
+class SourceMove:
+    """One move out of this host. Single use; call ``run``, then read ``clock``, ``running`` and ``sent_bytes``."""
+
+    def __init__(
+        self,
+        host: HostConfig,
+        container: Container,
+        session: Session,
+        *,
+        mode: str,
+        move_id: str,
+        criu: CriuBinary,
+        observer: Held,
+        make_report: Callable[[SourceMove], Mapping[str, Any]],
+    ) -> None:
+        self._containers = Containers(host)
+        self._container = container
+        self._session = session
+        self._mode = mode
+        self._move_id = move_id
+        self._criu = criu
+        self._observer = observer
+        self._make_report = make_report
+        self._phase = Phase.INIT
+        self._journal = Journal(host.journal_dir, move_id, side="source", epoch=FIRST_EPOCH)
+        # Images without pages are small and stay in memory; those of a stop-copy are files on the disk like any other.
+        base = host.run_dir if mode != "stopcopy" else host.state_dir
+        self._work = Path(base) / "moves" / move_id
+        self._out = Outgoing(session.channel, lambda: Deadline.after(IDLE_TIMEOUT_S))
+        self._dump = HeldDump(self._containers, container, criu, self._work)
+        self._trees = self._tree_roots()
+        self._snapshots: list[Snapshot | None] = [None] * len(self._trees)
+        self._pages: _PageThread | None = None
+        self._undo = ExitStack()
+        self.clock = PhaseClock()
+        self.running: messages.Running | None = None
+        self.prepared: messages.Prepared | None = None
+        self._actions: dict[Action, Callable[[], None]] = {
+            Action.JOURNAL_PREPARED: lambda: self._write("PREPARED", {"container": container.id, "mode": mode}),
+            Action.SEND_OFFER: self._send_offer,
+            Action.COPY: self._copy_files,
+            Action.FREEZE_AND_DUMP: self._freeze_and_dump,
+            Action.SEND_STATE: self._send_state,
+            Action.JOURNAL_COMMITTED: lambda: self._write("COMMITTED"),
+            Action.SEND_COMMIT: lambda: self._send(messages.Commit(move_id=move_id, epoch=FIRST_EPOCH)),
+            Action.JOURNAL_DONE: lambda: self._write("DONE"),
+            Action.KILL_COPY: self._kill_copy,
+            Action.SEND_DONE: self._send_done,
+            Action.THAW: self._undo.close,
+            Action.JOURNAL_ROLLED_BACK: lambda: self._write("ROLLED_BACK"),
+            Action.JOURNAL_RECLAIMED: lambda: self._write("RECLAIMED"),
+            Action.SEND_DISCARD: self._send_discard,
+        }
+
+    @property
+    def sent_bytes(self) -> Mapping[str, int]:
+        return self._out.sent_bytes
+
+    def _tree_roots(self) -> list[Path]:
+        """The upper layer, then /dev/shm and the other tmpfs mounts as the container's own processes see them."""
+        spec = self._container.spec
+        inside = Path(f"/proc/{self._container.state.init_pid}/root")
+        points = ["/dev/shm", *spec.tmpfs]
+        return [self._containers.store.directory(spec.id) / "upper", *(Path(f"{inside}{point}") for point in points)]
+
+    # The walk through the table
+
+    def run(self) -> None:
+        """Returns with the container on the target; raises RolledBack (it runs here), or InDoubt."""
+        try:
+            with garbage_collector_off():
+                self._go()
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            self._journal.close()
+
+    def _go(self) -> None:
+        self._mark("prepare")
+        self._on(Event.START)
+        self.prepared = self._hear(messages.Prepared)
+        self._mark("files")
+        self._on(Event.TARGET_PREPARED)
+        with self._observer.blackout():
+            self._on(Event.COPIED)
+            self._on(Event.DUMPED)
+            self._mark("restore")
+            self._hear(messages.Ready, READY_TIMEOUT_S)
+            self._mark("switchover")
+            self._on(Event.TARGET_READY)
+            self.running = self._hear(messages.Running)
+            self._mark("finish")
+        self._on(Event.TARGET_RUNNING)
+
+    def _on(self, event: Event) -> None:
+        self._phase, actions = step(self._phase, event)
+        for action in actions:
+            self._actions[action]()
+
+    def _fail(self, error: BaseException) -> None:
+        """Roll back where that is still ours to decide; raises what to tell the operator."""
+        if self._phase is Phase.DONE:
+            # It runs there; what failed was only throwing away what is left here.
+            raise error
+        if self._phase in (Phase.COMMITTED, Phase.IN_DOUBT) and not isinstance(error, MoveRefused):
+            # Closing our end makes CRIU let go of the tasks, which the cgroup keeps frozen: nothing runs here.
+            self._dump.close()
+            raise InDoubt.after_commit(self._move_id, error) from error
+        if self._phase is Phase.INIT:
+            raise error
+        self._on(_event_of(error))
+        if isinstance(error, (KeyboardInterrupt, MoveRefused)):
+            raise error
+        raise RolledBack.because(error) from error
+
+    def _mark(self, name: str) -> None:
+        before, at = self.clock.current, self.clock.mark(name)
+        if before is not None:
+            self._observer.on_event(PhaseEnded(name=before[0], ms=(at - before[1]) * 1000))
+        self._observer.on_event(PhaseStarted(name=name))
+
+    def _write(self, phase: str, details: Mapping[str, Any] | None = None) -> None:
+        self._journal.append(phase, details)
+
+    # Talking
+
+    def _send(self, message: messages.Message) -> None:
+        self._out.control(message.to_message())
+
+    def _hear(self, kind: type[M], timeout_s: float = IDLE_TIMEOUT_S) -> M:
+        return kind.parse(self._session.channel.receive(deadline=Deadline.after(timeout_s)).message())
+
+    def _send_offer(self) -> None:
+        spec = self._container.spec
+        self._send(messages.Offer(move_id=self._move_id, epoch=FIRST_EPOCH, mode=self._mode, spec=spec))
+        self._undo.callback(shutil.rmtree, self._work, ignore_errors=True)
+        self._work.mkdir(parents=True, mode=0o700)
+        self._undo.callback(self._dump.rollback)
+        if self._mode == "stopcopy":
+            self._dump.prepare()
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._undo.callback(ours.close)
+        with theirs:
+            self._dump.prepare(page_socket=theirs)
+        self._pages = _PageThread(ours, self._criu.version, PageSender(self._out))
+
+    def _send_discard(self) -> None:
+        with contextlib.suppress(TransportError):
+            message = messages.Discard(move_id=self._move_id, epoch=FIRST_EPOCH, why="the move was called off")
+            deadline = Deadline.after(DISCARD_TIMEOUT_S)
+            self._session.channel.send(Frame.control(message.to_message()), deadline=deadline)
+
+    def _send_done(self) -> None:
+        with contextlib.suppress(TransportError):
+            self._send(messages.Done(move_id=self._move_id, epoch=FIRST_EPOCH, report=self._make_report(self)))
+
+    # Doing
+
+    def _copy_files(self) -> None:
+        """The root difference goes over while the container runs; only what changes meanwhile is sent again."""
+        for number in range(len(self._trees)):
+            self._send_tree(number)
+
+    def _send_tree(self, number: int) -> None:
+        root = self._trees[number]
+        snapshot = scan(root)
+        if number:
+            # On a tmpfs the times do not tell of writes through a shared mapping.
+            snapshot = hash_files(root, snapshot)
+        self._out.tree(number, root, compare(self._snapshots[number], snapshot, always=frozenset()))
+        self._snapshots[number] = snapshot
+
+    def _freeze_and_dump(self) -> None:
+        self._mark("freeze")
+        self._dump.freeze()
+        self._mark("dump")
+        if self._pages is not None:
+            self._pages.start()
+        try:
+            self._dump.dump()
+        finally:
+            # Its error is the cause of CRIU's, so it is the one to tell.
+            if self._pages is not None:
+                self._pages.finish()
+
+    def _send_state(self) -> None:
+        self._mark("send")
+        for number in range(len(self._trees)):
+            self._send_tree(number)
+        self._out.images(self._work)
+        state = self._container.state
+        log = self._containers.store.directory(self._container.id) / "log.jsonl"
+        self._out.log(log)
+        self._send(
+            messages.FrozenState(
+                mounts=self._dump.mounts, pipes=self._dump.pipes, started_at=state.started_at, restarts=state.restarts
+            )
+        )
+
+    def _kill_copy(self) -> None:
+        """The copy here is dead weight: kill it, remove what is left of it."""
+        self._dump.finish()
+        self._undo.pop_all()
+        self._containers.clean_up(self._container.id)
+        self._containers.store.remove(self._container.id)
+        shutil.rmtree(self._work, ignore_errors=True)
+
+
+class _PageThread:
+    """The page server beside the conversation with CRIU; the only sender on the channel while it runs."""
+
+    def __init__(self, sock: socket.socket, criu_version: tuple[int, int, int], sender: PageSender) -> None:
+        self._sock = sock
+        self._server = PageServer(sock, criu_version, sender)
+        self._sender = sender
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="pages", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _serve(self) -> None:
+        try:
+            self._server.serve()
+            self._sender.flush()
+        except BaseException as error:
+            self._error = error
+            # CRIU sees the end of its page server and gives up, which ends the wait for post-dump.
+            self._sock.close()
+
+    def finish(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+@contextlib.contextmanager
+def garbage_collector_off() -> Iterator[None]:
+    """No collection in the blackout: with a large heap one takes milliseconds."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _event_of(error: BaseException) -> Event:
+    if isinstance(error, KeyboardInterrupt):
+        return Event.CANCELLED
+    if isinstance(error, (MoveRefused, PeerFailed)):
+        return Event.TARGET_REFUSED
+    if isinstance(error, TransportError):
+        return Event.LINK_LOST
+    return Event.FAULT

@@ -1,0 +1,229 @@
+"""The target's side of one move, following the table of target_machine.py: reserve, receive, restore and hold.
+
+Whatever goes wrong before COMMIT is on this host's disk, everything made for the move is undone, REFUSED is journaled,
+and the source is told. After it, the container runs here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from migrate import messages
+from migrate.errors import MoveRefused
+from migrate.incoming import Incoming
+from migrate.journal import Journal
+from migrate.report import report_from_json
+from migrate.reports import ReportStore
+from migrate.session import Asked, package_version
+from migrate.target_machine import Action, Event, Phase, step
+from runtime.container import Containers
+from runtime.criu.binary import find_criu
+from runtime.criu.restore import HeldRestore
+from runtime.errors import CorruptData, CriuFailed
+from transport.api import ChannelClosed, Deadline, DeadlineExpired, Frame, TransportError
+
+# The source may be busy for long between two frames while CRIU walks memory there, but not for ever.
+IDLE_TIMEOUT_S = 600.0
+# From READY on both sides wait for a few bytes only.
+COMMIT_TIMEOUT_S = 60.0
+DONE_TIMEOUT_S = 60.0
+
+M = TypeVar("M", bound=messages.Message)
+
+
+def versions() -> dict[str, str]:
+    """What runs here, for the report."""
+    return {"cmigrate": package_version(), "criu": find_criu().version_text, "kernel": platform.release()}
+
+
+class TargetMove:
+    """One move into this host, driven by the source's messages."""
+
+    def __init__(self, asked: Asked, offer: messages.Offer) -> None:
+        host = self._host = asked.host
+        self._channel = asked.channel
+        self._offer = offer
+        self._spec = offer.spec
+        self._containers = Containers(host)
+        self._criu = find_criu()
+        self._phase = Phase.IDLE
+        self._journal = Journal(host.journal_dir, offer.move_id, side="target", epoch=offer.epoch)
+        self._directory = self._containers.store.directory(self._spec.id)
+        # Pages must not reach a disk: run_dir is a tmpfs. Image files of a stop-copy go to the disk like any file.
+        base = host.run_dir if offer.mode != "stopcopy" else host.state_dir
+        self._work = Path(base) / "moves" / offer.move_id
+        self._restore = HeldRestore(self._containers, self._spec, self._criu, self._work, self._directory)
+        self._incoming: Incoming | None = None
+        self._state: messages.FrozenState | None = None
+        self._running: messages.Running | None = None
+        self._error: BaseException | None = None
+        move_id, epoch = offer.move_id, offer.epoch
+        self._actions: dict[Action, Callable[[], None]] = {
+            Action.JOURNAL_RESERVED: lambda: self._write("RESERVED", {"container": self._spec.id}),
+            Action.RESERVE: self._reserve,
+            Action.SEND_PREPARED: lambda: self._send(messages.Prepared(move_id=move_id, versions=versions())),
+            Action.STORE: lambda: None,
+            Action.VERIFY_AND_RESTORE: self._restore_and_hold,
+            Action.JOURNAL_HELD: lambda: self._write("RESTORED_HELD"),
+            Action.SEND_READY: lambda: self._send(messages.Ready(move_id=move_id, epoch=epoch)),
+            Action.JOURNAL_COMMIT: lambda: self._write("COMMIT_LOGGED"),
+            Action.RELEASE: self._release,
+            Action.SEND_RUNNING: self._send_running,
+            Action.JOURNAL_RESUMED: lambda: self._write("RESUMED"),
+            Action.JOURNAL_CONFIRMED: lambda: self._write("CONFIRMED"),
+            Action.DROP_KEPT: lambda: shutil.rmtree(self._work, ignore_errors=True),
+            Action.UNDO: self._undo,
+            Action.JOURNAL_REFUSED: lambda: self._write("REFUSED", {"why": str(self._error)}),
+            Action.SEND_REFUSED: self._send_refused,
+        }
+
+    def run(self) -> None:
+        """To the end of the move. What goes wrong before COMMIT is undone and told to the source, not raised."""
+        try:
+            self._on(Event.OFFER)
+            self._receive()
+            self._on(Event.RESTORED)
+            self._wait_for_commit()
+        except BaseException as error:
+            self._error = error
+            if self._phase not in (Phase.IDLE, Phase.COMMIT_LOGGED, Phase.RESUMED):
+                self._on(_event_of(error))
+            elif self._phase is not Phase.IDLE:
+                self._on_release_failed(error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._journal.close()
+
+    def _on(self, event: Event) -> None:
+        self._phase, actions = step(self._phase, event)
+        for action in actions:
+            self._actions[action]()
+
+    def _write(self, phase: str, details: Mapping[str, Any] | None = None) -> None:
+        self._journal.append(phase, details)
+
+    def _send(self, message: messages.Message) -> None:
+        self._channel.send(Frame.control(message.to_message()), deadline=Deadline.after(IDLE_TIMEOUT_S))
+
+    # Before COMMIT
+
+    def _reserve(self) -> None:
+        self._containers.store.reserve(self._spec, self._offer.move_id)
+        for name in ("upper", "work"):
+            (self._directory / name).mkdir(exist_ok=True)
+        self._work.mkdir(parents=True, mode=0o700)
+        self._restore.prepare()
+        self._incoming = Incoming(
+            self._channel,
+            trees=[self._directory / "upper", *self._restore.tmpfs_roots()],
+            images=self._work,
+            log=self._directory / "log.jsonl",
+            criu_version=self._criu.version,
+            deadline=lambda: Deadline.after(IDLE_TIMEOUT_S),
+        )
+
+    def _receive(self) -> None:
+        assert self._incoming is not None
+        self._state = self._expect(messages.FrozenState, self._incoming.until_control())
+        self._on(Event.STATE)
+
+    def _restore_and_hold(self) -> None:
+        assert self._incoming is not None
+        assert self._state is not None
+        self._incoming.finish()
+        self._restore.restore(self._state.mounts, self._state.pipes, auto_dedup=True)
+
+    def _wait_for_commit(self) -> None:
+        message = self._channel.receive(deadline=Deadline.after(COMMIT_TIMEOUT_S)).message()
+        commit = self._expect(messages.Commit, message)
+        if (commit.move_id, commit.epoch) != (self._offer.move_id, self._offer.epoch):
+            raise MoveRefused("COMMIT came for another move")
+        self._on(Event.COMMIT)
+        self._on(Event.RELEASED)
+        self._restore.settle()
+        self._wait_for_done()
+
+    def _expect(self, kind: type[M], message: Mapping[str, Any]) -> M:
+        if message.get("type") == messages.Discard.TYPE:
+            raise MoveRefused(f"called off by the source: {messages.Discard.parse(message).why}")
+        return kind.parse(message)
+
+    def _undo(self) -> None:
+        with contextlib.suppress(Exception):
+            self._restore.discard()
+        if self._incoming is not None:
+            self._incoming.close()
+        self._containers.store.forget_reservation(self._spec.id, self._offer.move_id)
+        shutil.rmtree(self._work, ignore_errors=True)
+
+    def _send_refused(self) -> None:
+        with contextlib.suppress(TransportError):
+            self._send(messages.Error.of(self._error or MoveRefused("refused")))
+
+    # From COMMIT on
+
+    def _release(self) -> None:
+        assert self._state is not None
+        state = self._restore.release(started_at=self._state.started_at, restarts=self._state.restarts)
+        marks = self._restore.marks
+        self._running = messages.Running(
+            move_id=self._offer.move_id,
+            epoch=self._offer.epoch,
+            marks_ms={
+                "restore": (marks["restored"] - marks["restore"]) * 1000,
+                "release": (marks["released"] - marks["release"]) * 1000,
+            },
+        )
+        self._runs_as = state
+
+    def _send_running(self) -> None:
+        assert self._running is not None
+        with contextlib.suppress(TransportError):
+            self._send(self._running)
+        self._containers.store.admit(self._spec.id, self._runs_as)
+
+    def _wait_for_done(self) -> None:
+        """The source may be gone by now; then the next agent start finds RESUMED and nothing is lost."""
+        with contextlib.suppress(TransportError):
+            message = self._channel.receive(deadline=Deadline.after(DONE_TIMEOUT_S)).message()
+            done = messages.Done.parse(message)
+            self._on(Event.DONE)
+            with contextlib.suppress(CorruptData):
+                ReportStore(self._host).save(report_from_json(done.report))
+
+    def _on_release_failed(self, error: BaseException) -> None:
+        """CRIU kills the tree when it can not let it go; where it did so before resuming anything, that is proof that
+        no instruction ran here."""
+        if isinstance(error, CriuFailed) and self._phase is Phase.COMMIT_LOGGED and not self._restore.may_have_run:
+            self._on(Event.NEVER_RAN)
+        else:
+            raise error
+
+
+def _event_of(error: BaseException) -> Event:
+    if isinstance(error, MoveRefused):
+        return Event.DISCARD
+    if isinstance(error, DeadlineExpired):
+        return Event.TIMEOUT
+    return Event.LINK_LOST if isinstance(error, ChannelClosed) else Event.FAULT
+
+
+def handle_offer(asked: Asked, message: Mapping[str, Any]) -> None:
+    """Handler of "offer" for session.HANDLERS: one move, from offer to done."""
+    TargetMove(asked, messages.Offer.parse(message)).run()
+
+
+def handle_preflight(asked: Asked, message: Mapping[str, Any]) -> None:
+    """Handler of "preflight": every finding at once; nothing is reserved."""
+    from migrate.preflight import target_findings
+
+    question = messages.Preflight.parse(message)
+    findings = target_findings(asked.host, Containers(asked.host), question.facts)
+    answer = messages.Findings(findings=tuple(finding.to_json() for finding in findings), versions=versions())
+    asked.answer(answer.to_message())

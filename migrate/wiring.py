@@ -1,0 +1,226 @@
+"""Puts the parts together: one move from the operator's words to the kept report, and the agent's handlers."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from migrate import messages, preflight
+from migrate.errors import InDoubt, MigrateError, MoveRefused, describe
+from migrate.links import Session, connect
+from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Warning
+from migrate.report import MoveReport, Outcome, PhaseTime, ReportedError, SentBytes, Versions
+from migrate.reports import ReportStore
+from migrate.session import HANDLERS, package_version
+from migrate.source import SourceMove
+from migrate.target import handle_offer, handle_preflight
+from runtime.api import Container, Status
+from runtime.container import Containers, utc_now
+from runtime.criu.binary import find_criu
+from runtime.errors import BadInput, WrongState
+from runtime.host import HostConfig
+from transport.api import Deadline, Frame
+
+ModeName = Literal["auto", "stopcopy", "diskless"]
+PREFLIGHT_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveOptions:
+    """What the operator asked for. ``timeout_s`` bounds connecting and greeting."""
+
+    mode: ModeName = "auto"
+    transport: Literal["auto", "ssh", "stream"] = "auto"
+    dry_run: bool = False
+    timeout_s: float = 20.0
+
+
+@dataclass(kw_only=True)
+class _Course:
+    """What is known of a move so far, for the report."""
+
+    move_id: str
+    container: str
+    source: str
+    target: str
+    mode: str
+    transport: str = ""
+    started_at: str = field(default_factory=utc_now)
+    begin: float = field(default_factory=time.monotonic)
+    memory_bytes: int = 0
+    versions: Versions = field(default_factory=Versions)
+
+
+def register_handlers() -> None:
+    """What an agent answers beside greetings."""
+    HANDLERS["offer"] = handle_offer
+    HANDLERS["preflight"] = handle_preflight
+
+
+def choose_mode(wanted: ModeName) -> str:
+    """``auto`` is disk-less: it copies each page once and touches no disk."""
+    return "diskless" if wanted == "auto" else wanted
+
+
+def move(host: HostConfig, reference: str, to: str, options: MoveOptions, observer: Observer) -> MoveReport:
+    """Move a container to another host; with ``dry_run`` only the checks.
+
+    Returns the report, which is kept, with outcome ``migrated`` (or ``refused`` and no error for a dry run that found
+    nothing wrong: nothing was moved). Otherwise raises MoveRefused, RolledBack, InDoubt or what failed before anything
+    began; the report of that is kept, and shown to ``observer``, as well.
+    """
+    containers = Containers(host)
+    container = containers.get(reference)
+    course = _Course(
+        move_id=secrets.token_hex(6),
+        container=container.name,
+        source=host.name,
+        target=to,
+        mode=choose_mode(options.mode),
+    )
+    held = Held(observer)
+    try:
+        with containers.locked(container.id, f"move to {to}", wait_s=0.5) as locked:
+            report = _move_locked(host, containers, locked, course, options, held)
+    except BaseException as error:
+        report = _failed(course, error)
+        if container.state.status in (Status.RUNNING, Status.PAUSED) and course.transport:
+            ReportStore(host).save(report)
+        held.on_event(MoveEnded(report=report))
+        raise
+    if not options.dry_run:
+        ReportStore(host).save(report)
+    held.on_event(MoveEnded(report=report))
+    return report
+
+
+def _move_locked(
+    host: HostConfig, containers: Containers, container: Container, course: _Course, options: MoveOptions, held: Held
+) -> MoveReport:
+    if container.state.status != Status.RUNNING:
+        hint = "unpause it first" if container.state.status == Status.PAUSED else "only a running container moves"
+        raise WrongState(f"container {container.name} is {container.state.status}", hint=hint)
+    if course.target == host.name:
+        raise BadInput(f"{course.target} is this host", hint="give another host: cmigrate host ls")
+    with connect(host, course.target, transport=options.transport, deadline=Deadline.after(options.timeout_s)) as session:
+        course.target, course.transport = session.entry.name, session.transport
+        for note in session.notes:
+            held.on_event(Warning(what=note))
+        criu = find_criu()
+        course.memory_bytes = containers.cgroup(container.id).stats().memory_bytes or 0
+        course.versions = Versions(
+            cmigrate=package_version(),
+            criu_source=criu.version_text,
+            kernel_source=platform.release(),
+            python=platform.python_version(),
+        )
+        held.on_event(_started(course))
+        _check(containers, container, session, course, held)
+        if options.dry_run:
+            return _report(course, Outcome.REFUSED)
+        source = SourceMove(
+            host,
+            container,
+            session,
+            mode=course.mode,
+            move_id=course.move_id,
+            criu=criu,
+            observer=held,
+            make_report=lambda done: _moved(course, done).to_json(),
+        )
+        try:
+            source.run()
+        except BaseException as error:
+            # What was measured until then belongs into the report of the failure.
+            error.add_note(f"phases: {source.clock.phases(time.monotonic())}")
+            raise
+        return _moved(course, source)
+
+
+def _started(course: _Course) -> MoveStarted:
+    return MoveStarted(
+        move_id=course.move_id,
+        container=course.container,
+        source=course.source,
+        target=course.target,
+        mode=course.mode,
+        transport=course.transport,
+    )
+
+
+def _check(containers: Containers, container: Container, session: Session, course: _Course, held: Held) -> None:
+    """Preflight on both hosts; raises MoveRefused with all blockers of both at once."""
+    facts = preflight.source_facts(containers, container)
+    question = messages.Preflight(
+        spec=container.spec, mode=course.mode, memory_bytes=course.memory_bytes, facts=facts
+    )
+    deadline = Deadline.after(PREFLIGHT_TIMEOUT_S)
+    session.channel.send(Frame.control(question.to_message()), deadline=deadline)
+    here = [finding.to_json() for finding in preflight.source_findings(containers, container)]
+    answer = messages.Findings.parse(session.channel.receive(deadline=deadline).message())
+    course.versions = replace(
+        course.versions,
+        criu_target=answer.versions.get("criu", ""),
+        kernel_target=answer.versions.get("kernel", ""),
+    )
+    findings: list[Mapping[str, Any]] = [*here, *answer.findings]
+    for finding in findings:
+        if finding["level"] == "warning":
+            held.on_event(Warning(what=str(finding["what"]), remedy=str(finding["remedy"])))
+    blockers = [finding for finding in findings if finding["level"] == "blocker"]
+    if blockers:
+        count = "1 reason" if len(blockers) == 1 else f"{len(blockers)} reasons"
+        raise MoveRefused(
+            f"{course.container} can not move to {course.target}, for {count}", blockers=[dict(b) for b in blockers]
+        )
+
+
+def _moved(course: _Course, source: SourceMove) -> MoveReport:
+    """The report of a move that has reached RUNNING on the target."""
+    clock = source.clock
+    running_at = clock.at("finish")
+    sent = source.sent_bytes
+    return replace(
+        _report(course, Outcome.MIGRATED),
+        total_ms=(running_at - course.begin) * 1000,
+        blackout_ms=(running_at - clock.at("freeze")) * 1000,
+        sent_bytes=SentBytes(
+            images=sent["images"], pages=sent["pages"], files=sent["files"], control=sent["control"]
+        ),
+        phases=tuple(PhaseTime(name=name, ms=ms) for name, ms in clock.phases(running_at) if name != "finish"),
+    )
+
+
+def _failed(course: _Course, error: BaseException) -> MoveReport:
+    told = describe(error)
+    if isinstance(error, InDoubt):
+        outcome = Outcome.IN_DOUBT
+    elif isinstance(error, MigrateError) and not isinstance(error, MoveRefused) or isinstance(error, KeyboardInterrupt):
+        outcome = Outcome.ROLLED_BACK
+    else:
+        outcome = Outcome.REFUSED
+    return replace(
+        _report(course, outcome),
+        error=ReportedError(code=told.code, what=told.what, hint=told.hint, log_lines=told.log_lines),
+        blockers=told.blockers,
+    )
+
+
+def _report(course: _Course, outcome: Outcome) -> MoveReport:
+    return MoveReport(
+        id=course.move_id,
+        container=course.container,
+        source=course.source,
+        target=course.target,
+        mode=course.mode,
+        transport=course.transport,
+        outcome=outcome,
+        started_at=course.started_at,
+        total_ms=(time.monotonic() - course.begin) * 1000,
+        memory_bytes=course.memory_bytes,
+        versions=course.versions,
+    )
