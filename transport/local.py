@@ -124,7 +124,10 @@ def spawn(
 
 def from_stdio(peer: Peer | None = None) -> Channel:
     """The channel to whoever started this program with its stdin and stdout as the connection. From now on descriptor 0
-    is /dev/null and descriptor 1 is stderr, so that a stray print cannot damage the protocol. Call it once."""
+    is /dev/null and descriptor 1 is stderr, so that a stray print cannot damage the protocol. Call it once.
+
+    Under OpenSSH the peer sees the end of the channel when this program ends, not at `close`: the server waits for
+    stderr as well."""
     read_fd = os.dup(0)
     write_fd = os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)

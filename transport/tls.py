@@ -215,8 +215,11 @@ def _translated() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class TlsConnector:
-    """Reaches the agent at host:port, which must show exactly the certificate `peer_cert_pem`. `reach_s` bounds the TCP
-    connection alone: who has another way to go learns soon that nobody is there, and a busy agent still has its time."""
+    """Reaches the agent at host:port, which must show exactly the certificate `peer_cert_pem`.
+
+    `reach_s` bounds the TCP connection alone: who has another way to go learns soon that nobody is there, and a busy
+    agent still has its time.
+    """
 
     host: str
     port: int

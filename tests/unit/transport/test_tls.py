@@ -231,6 +231,20 @@ def test_a_silent_server_is_given_up_at_the_deadline() -> None:
         assert 0.25 < time.monotonic() - begin_s < 2
 
 
+def test_a_limit_on_reaching_a_host_is_not_one_on_its_answer() -> None:
+    with socket.create_server((HERE, 0), backlog=0) as full:
+        limited = replace(connector(full.getsockname()[1]), reach_s=0.2)
+        begin_s = time.monotonic()
+        with pytest.raises(DeadlineExpired, match="nothing came"):
+            limited.connect(deadline=Deadline.after(0.6))
+        assert time.monotonic() - begin_s > 0.5
+        # Nobody took that connection out of the queue, which has one place: the kernel answers no more.
+        begin_s = time.monotonic()
+        with pytest.raises(DeadlineExpired, match="did not answer in time"):
+            limited.connect(deadline=soon())
+        assert time.monotonic() - begin_s < 3
+
+
 @pytest.mark.parametrize(
     ("said", "error"), [(b"SSH-2.0-OpenSSH_9.2\r\n", ProtocolError), (bytes(100), ProtocolError), (b"", ConnectFailed)]
 )
