@@ -10,11 +10,13 @@ CONFIG_DIR/identity/id_ed25519  this host's key for ssh:// (and .pub); peers acc
 from __future__ import annotations
 
 import difflib
+import fcntl
 import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -246,7 +248,9 @@ class Inventory:
         """The private key file of this host's agent, made on first use; the public part lies beside it (.pub)."""
         path = self._identity_dir / "id_ed25519"
         if not path.exists() or not public_key_file(path).exists():
-            write_ssh_key(path, f"cmigrate@{self.host.name}")
+            self._identity_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with locked_directory(self._identity_dir):  # of several that come first at once, all get the same
+                write_ssh_key(path, f"cmigrate@{self.host.name}")
         return path
 
     def ssh_public_key(self) -> str:
@@ -305,6 +309,17 @@ def write_private(path: Path, text: str, *, mode: int = 0o600) -> None:
             os.unlink(file.name)
             raise
     _sync_directory(path.parent)
+
+
+@contextmanager
+def locked_directory(path: Path) -> Iterator[None]:
+    """While one process is in the block, no other one is, for the same directory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync_directory(path: Path) -> None:

@@ -7,7 +7,6 @@ then stores the other in its inventory, and lets the other's agent key in for `c
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import os
 import shlex
@@ -28,6 +27,7 @@ from migrate.inventory import (
     SshUrl,
     entry_from_map,
     known_host_keys,
+    locked_directory,
     write_private,
 )
 from migrate.session import package_version
@@ -316,14 +316,10 @@ def _authorized_keys(path: Path | None) -> Iterator[tuple[list[str], Callable[[l
     # Through symbolic links: it may be kept elsewhere.
     path = Path(os.path.realpath(path or Path.home() / ".ssh" / "authorized_keys"))
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
+    with locked_directory(path.parent):
         lines = path.read_text().splitlines() if path.exists() else []
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
         yield lines, lambda new: write_private(path, "".join(f"{line}\n" for line in new), mode=mode)
-    finally:
-        os.close(directory)
 
 
 def remove_host(host: HostConfig, name: str) -> HostEntry:
