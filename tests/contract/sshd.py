@@ -18,7 +18,8 @@ from pathlib import Path
 from transport.ssh import SshAddress
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin") or "/usr/sbin/sshd"
-# Where Debian's sshd insists on an empty directory when it runs as root.
+# Where Debian's sshd insists on an empty directory when it runs as root. Its service makes it and so do we; it stays,
+# because another server may be using it by now.
 PRIVILEGE_SEPARATION = Path("/run/sshd")
 
 
@@ -68,9 +69,8 @@ def running_sshd(directory: Path) -> Iterator[SshServer]:
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {host}\nAuthorizedKeysFile {authorized}\nPidFile none\n"
         "StrictModes no\nUsePAM no\nPermitRootLogin yes\nPasswordAuthentication no\nMaxAuthTries 3\n"
     )
-    made = os.geteuid() == 0 and not PRIVILEGE_SEPARATION.exists()
-    if made:
-        PRIVILEGE_SEPARATION.mkdir(mode=0o755)
+    if os.geteuid() == 0:
+        PRIVILEGE_SEPARATION.mkdir(mode=0o755, exist_ok=True)
     log = directory / "sshd.log"
     server = subprocess.Popen([SSHD, "-D", "-f", str(config), "-E", str(log)], stdin=subprocess.DEVNULL)
     try:
@@ -84,8 +84,6 @@ def running_sshd(directory: Path) -> Iterator[SshServer]:
     finally:
         server.terminate()
         server.wait(10)
-        if made:
-            PRIVILEGE_SEPARATION.rmdir()
 
 
 def _free_port() -> int:
