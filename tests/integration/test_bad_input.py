@@ -1,0 +1,326 @@
+"""Whatever is wrong, or goes wrong on the way: the documented exit code, a clear error, the container alive on the
+source and serving over the connection it had, and nothing left on the target."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.lab import HOSTS, TOP, Running, TwoHosts, nothing_left_on
+from tests.support.services import Memory
+
+NOT_FOUND, REFUSED, ROLLED_BACK, CONNECTION, NO_ROOM, INTERRUPTED = 3, 4, 5, 7, 9, 130
+MEMORY_MIB = 64
+MOVE_TIMEOUT_S = 100.0
+
+pytestmark = pytest.mark.timeout(150)
+
+
+@contextmanager
+def serving(hosts: TwoHosts, *, mib: int = MEMORY_MIB, options: tuple[str, ...] = ()) -> Iterator[Running]:
+    """A container on host1 that must be there, serving, with its memory as it was, when the block ends."""
+    service = Memory(mib=mib)
+    with nothing_left_on(hosts, *HOSTS):
+        container = hosts.run(service, *options, name="stays")
+        try:
+            service.check()
+            with nothing_left_on(hosts, "host2"):
+                yield container
+            assert container.inspect()["state"]["status"] == "running"
+            service.check()
+            names = [line["name"] for line in hosts.lines("host2", "ps", "-a", "--json")]
+            assert container.name not in names
+        finally:
+            service.close()
+            container.remove()
+
+
+def move(hosts: TwoHosts, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return hosts.cmigrate("host1", "move", *arguments, check=False, timeout_s=MOVE_TIMEOUT_S)
+
+
+def must_fail(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """The exit code, and an error for people that holds every one of ``words``."""
+    assert done.returncode == code, f"{done.returncode}: {done.stdout}{done.stderr}"
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+def test_an_unknown_container_is_named_and_nothing_happens(two_hosts: TwoHosts) -> None:
+    with serving(two_hosts):
+        must_fail(move(two_hosts, "stay", "--to", "host2"), NOT_FOUND, "stay", "hint: ")
+
+
+def test_an_unknown_host_is_named_and_known_ones_are_told(two_hosts: TwoHosts) -> None:
+    with serving(two_hosts):
+        must_fail(move(two_hosts, "stays", "--to", "host7"), NOT_FOUND, "host7", "host2")
+
+
+def test_a_move_to_the_host_itself_is_refused(two_hosts: TwoHosts) -> None:
+    with serving(two_hosts):
+        done = move(two_hosts, "stays", "--to", "host1")
+        assert done.returncode in (2, 3, 4), done.stderr
+        assert "host1" in done.stderr
+
+
+def test_a_name_that_is_taken_on_the_target_is_a_blocker(two_hosts: TwoHosts) -> None:
+    with nothing_left_on(two_hosts, "host2"):
+        two_hosts.cmigrate("host2", "run", "-d", "--name", "stays", "--rootfs", "host", "--", "sleep", "1000")
+        other = json.loads(two_hosts.cmigrate("host2", "inspect", "stays").stdout)["spec"]["id"]
+        try:
+            with nothing_left_on(two_hosts, "host2"):
+                two_hosts.cmigrate("host1", "run", "-d", "--name", "stays", "--rootfs", "host", "--", "sleep", "1000")
+                try:
+                    must_fail(move(two_hosts, "stays", "--to", "host2"), REFUSED, "stays")
+                    state = json.loads(two_hosts.cmigrate("host1", "inspect", "stays").stdout)["state"]
+                    assert state["status"] == "running"
+                finally:
+                    two_hosts.cmigrate("host1", "rm", "-f", "stays")
+            assert json.loads(two_hosts.cmigrate("host2", "inspect", "stays").stdout)["spec"]["id"] == other
+        finally:
+            two_hosts.cmigrate("host2", "rm", "-f", "stays")
+
+
+def test_a_dry_run_moves_nothing_and_tells_blockers(two_hosts: TwoHosts) -> None:
+    with serving(two_hosts):
+        assert move(two_hosts, "stays", "--to", "host2", "--dry-run").returncode == 0
+
+
+@contextmanager
+def small_disk(hosts: TwoHosts, mib: int) -> Iterator[Path]:
+    """host2's state directory on a file system of this size; its place as seen from host2."""
+    state = hosts.config("host2").state_dir
+    hosts.lab.exec("host2", ["mount", "-t", "tmpfs", "-o", f"size={mib}m,mode=700", "small", str(state)], check=True)
+    try:
+        yield state
+    finally:
+        hosts.lab.exec("host2", ["umount", str(state)], check=True)
+
+
+@pytest.mark.parametrize("mode", ["stopcopy", "diskless"])
+def test_a_target_without_room_for_the_files_is_a_blocker(two_hosts: TwoHosts, mode: str) -> None:
+    with serving(two_hosts) as container:
+        container.exec("sh", "-c", "head -c 100000000 /dev/zero | tr '\\0' x >/var/tmp/large")
+        with small_disk(two_hosts, 40):
+            done = move(two_hosts, "stays", "--to", "host2", "--mode", mode)
+            assert done.returncode in (REFUSED, NO_ROOM), done.stderr
+            assert "room" in done.stderr
+
+
+@pytest.mark.parametrize(("mode", "transport"), [("stopcopy", "ssh"), ("diskless", "stream")])
+def test_a_disk_that_fills_up_on_the_way_rolls_back(two_hosts: TwoHosts, mode: str, transport: str) -> None:
+    with serving(two_hosts) as container, small_disk(two_hosts, 700) as state:
+        container.exec("sh", "-c", "head -c 500000000 /dev/urandom >/var/tmp/large")
+        going = start_move(two_hosts, mode, transport)
+        wait_for(lambda: has_arrived(two_hosts, container.id), going)
+        # Everything but half a megabyte.
+        fill = f"fallocate -l $(( ($(stat -f -c %a {state}) - 128) * 4096 )) {state}/filler"
+        two_hosts.lab.exec("host2", ["sh", "-c", fill], check=True)
+        must_fail(finish(going), ROLLED_BACK, "room")
+        two_hosts.lab.exec("host2", ["rm", f"{state}/filler"], check=True)
+
+
+CHANGE_ENTRY = """
+import dataclasses, sys
+from migrate.inventory import Inventory
+from runtime.host import load_host_config
+from transport.identity import create_identity
+inventory = Inventory(load_host_config())
+entry = inventory.get("host2")
+change = {
+    "certificate": lambda: {"certificate_pem": create_identity("host2").cert_pem},
+    "hostkey": lambda: {"ssh_host_keys": tuple((kind, KEY) for kind, _ in entry.ssh_host_keys)},
+    "port": lambda: {"stream_port": int(sys.argv[2])},
+}
+KEY = "AAAAC3NzaC1lZDI1NTE5AAAAIB" + "q" * 42
+inventory.add(dataclasses.replace(entry, **change[sys.argv[1]]()), replace=True)
+"""
+
+
+@contextmanager
+def changed_entry(hosts: TwoHosts, *change: str) -> Iterator[None]:
+    """host1 knows something else about host2 than is true."""
+    file = "/etc/cmigrate/hosts/host2.toml"
+    hosts.lab.exec("host1", ["cp", "-p", file, f"{file}.true"], check=True)
+    try:
+        hosts.lab.exec("host1", [sys.executable, "-c", CHANGE_ENTRY, *change], check=True, cwd=TOP)
+        yield
+    finally:
+        hosts.lab.exec("host1", ["mv", f"{file}.true", file], check=True)
+
+
+def test_a_wrong_host_key_is_refused_before_anything_is_said(two_hosts: TwoHosts) -> None:
+    with serving(two_hosts), changed_entry(two_hosts, "hostkey"):
+        done = move(two_hosts, "stays", "--to", "host2", "--transport", "ssh")
+        must_fail(done, CONNECTION, "SHA256:", "host add")
+
+
+def test_a_wrong_certificate_is_refused_before_anything_is_said(two_hosts: TwoHosts) -> None:
+    with serving(two_hosts), changed_entry(two_hosts, "certificate"):
+        done = move(two_hosts, "stays", "--to", "host2", "--transport", "stream")
+        must_fail(done, CONNECTION, "SHA256:", "host add")
+
+
+def test_a_target_where_nobody_listens_is_told_as_such(two_hosts: TwoHosts) -> None:
+    with serving(two_hosts), changed_entry(two_hosts, "port", "9"):
+        must_fail(move(two_hosts, "stays", "--to", "host2", "--transport", "stream"), CONNECTION, "port 9")
+
+
+@contextmanager
+def fake_peer(hosts: TwoHosts, behaviour: str) -> Iterator[None]:
+    """In place of host2's agent; with host2's own key, so that it is trusted."""
+    process = hosts.lab.popen(
+        "host2",
+        [sys.executable, "-m", "tests.support.fake_peer", behaviour],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=TOP,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            with changed_entry(hosts, "port", process.stdout.readline().strip()):
+                yield
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("behaviour", ["silent", "mute", "garbage", "stuck", "leaves", "lies", "long"])
+def test_a_peer_that_sends_garbage_or_hangs_is_given_up_in_time(two_hosts: TwoHosts, behaviour: str) -> None:
+    with serving(two_hosts), fake_peer(two_hosts, behaviour):
+        begin = time.monotonic()
+        done = move(two_hosts, "stays", "--to", "host2", "--transport", "stream", "--timeout", "5")
+        must_fail(done, CONNECTION, "host2")
+        assert time.monotonic() - begin < 45
+
+
+def start_move(hosts: TwoHosts, mode: str, transport: str) -> subprocess.Popen[str]:
+    """The command in the background, in a group of its own as a shell would start it."""
+    argv = ["cmigrate", "move", "stays", "--to", "host2", "--mode", mode, "--transport", transport]
+    process: subprocess.Popen[str] = hosts.lab.popen(
+        "host1",
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    return process
+
+
+def finish(going: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    with going:
+        try:
+            stdout, stderr = going.communicate(timeout=MOVE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            going.kill()
+            raise
+    return subprocess.CompletedProcess(going.args, going.returncode, stdout, stderr)
+
+
+def wait_for(condition: Callable[[], bool], going: subprocess.Popen[str]) -> None:
+    """Until it holds while the move still goes on."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        if going.poll() is not None or time.monotonic() > deadline:
+            done = finish(going)
+            raise AssertionError(f"the move ended too soon: {done.returncode} {done.stdout}{done.stderr}")
+        time.sleep(0.005)
+
+
+def root_of(hosts: TwoHosts, host: str) -> Path:
+    """A lab host's file system as seen from here."""
+    return Path(f"/proc/{hosts.lab.host(host).holder.pid}/root")
+
+
+def has_arrived(hosts: TwoHosts, container_id: str) -> bool:
+    """The target has begun to make something for the container."""
+    state = hosts.config("host2").containers_dir.relative_to("/")
+    return (root_of(hosts, "host2") / state / container_id / "upper").exists()
+
+
+def is_frozen(hosts: TwoHosts, container_id: str) -> bool:
+    """The source's tasks are held by the freezer."""
+    inside = f"{hosts.config('host1').cgroup_parent}/{container_id}/cgroup.events"
+    files = [*Path("/sys/fs/cgroup").glob(inside), *Path("/sys/fs/cgroup").glob(f"*/{inside}")]
+    return any("frozen 1" in file.read_text() for file in files)
+
+
+MOMENTS: dict[str, Callable[[TwoHosts, str], bool]] = {"copying": has_arrived, "frozen": is_frozen}
+CASES = [
+    ("copying", "diskless", "stream"),
+    ("copying", "stopcopy", "ssh"),
+    ("frozen", "diskless", "ssh"),
+    ("frozen", "stopcopy", "stream"),
+]
+
+
+def sessions_on(hosts: TwoHosts, host: str) -> list[int]:
+    """Processes of the agent that talk with a peer at the moment."""
+    found = []
+    for line in hosts.picture(host)["process"]:
+        pid, *words = line.split()
+        agent = "migrate.serve" in words or "--stdio" in words
+        if agent and "sh" not in words:
+            found.append(int(pid))
+    return found
+
+
+@pytest.mark.parametrize(("moment", "mode", "transport"), CASES)
+def test_ctrl_c_leaves_the_container_on_the_source(two_hosts: TwoHosts, moment: str, mode: str, transport: str) -> None:
+    with serving(two_hosts, mib=300) as container:
+        container.exec("sh", "-c", "head -c 200000000 /dev/urandom >/var/tmp/large")
+        going = start_move(two_hosts, mode, transport)
+        wait_for(lambda: MOMENTS[moment](two_hosts, container.id), going)
+        os.killpg(going.pid, signal.SIGINT)
+        done = finish(going)
+        assert done.returncode == INTERRUPTED, f"{done.returncode}: {done.stdout}{done.stderr}"
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("moment", "mode", "transport"), CASES)
+def test_a_target_agent_that_is_killed_in_the_middle_leaves_the_container_on_the_source(
+    two_hosts: TwoHosts, moment: str, mode: str, transport: str
+) -> None:
+    with serving(two_hosts, mib=300) as container, ExitStack() as undo:
+        container.exec("sh", "-c", "head -c 200000000 /dev/urandom >/var/tmp/large")
+        going = start_move(two_hosts, mode, transport)
+        undo.callback(going.kill)
+        wait_for(lambda: MOMENTS[moment](two_hosts, container.id), going)
+        for pid in sessions_on(two_hosts, "host2"):
+            os.kill(pid, signal.SIGKILL)
+        must_fail(finish(going), ROLLED_BACK, "runs on")
+        # What it left is undone by the next session on that host.
+        two_hosts.cmigrate("host1", "host", "test", "host2")
+
+
+def test_a_container_moves_as_ever_after_a_move_that_was_called_off(two_hosts: TwoHosts) -> None:
+    with nothing_left_on(two_hosts, *HOSTS):
+        service = Memory(mib=100)
+        container = two_hosts.run(service, name="stays")
+        try:
+            for mode, transport in (("diskless", "stream"), ("stopcopy", "ssh")):
+                going = start_move(two_hosts, mode, transport)
+                wait_for(lambda: is_frozen(two_hosts, container.id), going)
+                os.killpg(going.pid, signal.SIGINT)
+                assert finish(going).returncode == INTERRUPTED
+                service.check()
+            report: dict[str, Any] = container.move("diskless", "stream")
+            assert report["outcome"] == "migrated"
+            service.check()
+        finally:
+            service.close()
+            container.remove()

@@ -1,0 +1,120 @@
+"""A peer that is trusted and does wrong. Runs on a lab host with that host's own identity.
+
+    python -m tests.support.fake_peer BEHAVIOUR     says its port, then answers connections until it is killed
+
+silent   takes the connection and never says a word
+mute     does the TLS handshake and never says a word
+garbage  does the TLS handshake and sends random bytes
+stuck    says hello and answers nothing more
+leaves   says hello and closes at the first question
+lies     says hello and answers every question with a map whose fields are of wrong types
+long     says hello and answers with a frame that claims to be larger than any may be
+"""
+
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable
+
+from migrate.inventory import Inventory
+from migrate.session import exchange_hello
+from runtime.host import load_host_config
+from transport.api import Channel, Deadline, Frame, TransportError
+from transport.channel import StreamChannel
+from transport.tls import server_handshake
+
+PATIENCE_S = 300.0
+LIE = {"type": "findings", "findings": "none", "versions": 7, "move_id": ["x"] * 100, "epoch": -1}
+
+HOST = load_host_config()
+
+
+def handshake(connection: socket.socket) -> Channel:
+    inventory = Inventory(HOST)
+    return server_handshake(connection, inventory.identity(), inventory.trusted(), Deadline.after(PATIENCE_S))
+
+
+def greet(connection: socket.socket) -> Channel:
+    channel = handshake(connection)
+    exchange_hello(channel, HOST.name, Deadline.after(PATIENCE_S))
+    return channel
+
+
+def silent(connection: socket.socket) -> None:
+    time.sleep(PATIENCE_S)
+
+
+def mute(connection: socket.socket) -> None:
+    handshake(connection)
+    time.sleep(PATIENCE_S)
+
+
+def garbage(connection: socket.socket) -> None:
+    # Any frame's header begins with its magic number; these bytes do not.
+    write_raw(handshake(connection), os.urandom(100_000))
+    time.sleep(PATIENCE_S)
+
+
+def write_raw(channel: Channel, data: bytes) -> None:
+    """Past the framing, which would not send this."""
+    assert isinstance(channel, StreamChannel)
+    channel.stream.write_all([memoryview(data)], Deadline.after(PATIENCE_S))
+
+
+def stuck(connection: socket.socket) -> None:
+    channel = greet(connection)
+    while True:
+        channel.receive(deadline=Deadline.after(PATIENCE_S))
+
+
+def leaves(connection: socket.socket) -> None:
+    channel = greet(connection)
+    channel.receive(deadline=Deadline.after(PATIENCE_S))
+    channel.close()
+
+
+def lies(connection: socket.socket) -> None:
+    channel = greet(connection)
+    while True:
+        channel.receive(deadline=Deadline.after(PATIENCE_S))
+        channel.send(Frame.control(LIE), deadline=Deadline.after(PATIENCE_S))
+
+
+def long(connection: socket.socket) -> None:
+    channel = greet(connection)
+    channel.receive(deadline=Deadline.after(PATIENCE_S))
+    # A header that is right in every way but its length (transport/frames.py).
+    fields = struct.pack(">4sBBHIQ", b"CMG1", 1, 0, 0, 1 << 31, 0)
+    write_raw(channel, fields + struct.pack(">I", zlib.crc32(fields)) + os.urandom(1000))
+    time.sleep(PATIENCE_S)
+
+
+BEHAVIOURS: dict[str, Callable[[socket.socket], None]] = {
+    name: function
+    for name, function in globals().items()
+    if name in ("silent", "mute", "garbage", "stuck", "leaves", "lies", "long")
+}
+
+
+def main() -> None:
+    behave = BEHAVIOURS[sys.argv[1]]
+    listener = socket.create_server(("0.0.0.0", 0))
+    print(listener.getsockname()[1], flush=True)
+
+    def serve(connection: socket.socket) -> None:
+        try:
+            behave(connection)
+        except TransportError as error:
+            print(f"fake peer: {error}", file=sys.stderr)
+
+    while True:
+        connection, _address = listener.accept()
+        threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()
