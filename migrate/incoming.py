@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 from migrate.errors import ProtocolViolation
 from runtime.criu.images import ImageSetWriter, PageImageWriter
 from runtime.criu.pages import SpaceId
-from runtime.tree import Change, TreeSink
+from runtime.tree import Change
+from runtime.treesink import TreeSink
 from transport.api import Channel, Deadline, Frame, FrameKind
 
 PAGE_BYTES = 4096

@@ -27,7 +27,7 @@ from runtime.api import Container
 from runtime.container import Containers
 from runtime.criu.binary import CriuBinary
 from runtime.criu.dump import HeldDump
-from runtime.criu.pages import PageServer
+from runtime.criu.pages import PageServer, page_socketpair
 from runtime.host import HostConfig
 from runtime.tree import Snapshot, compare, hash_files, scan
 from transport.api import Deadline, Frame, TransportError
@@ -182,7 +182,7 @@ class SourceMove:
         if self._mode == "stopcopy":
             self._dump.prepare()
             return
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours, theirs = page_socketpair()
         self._undo.callback(ours.close)
         with theirs:
             self._dump.prepare(page_socket=theirs)
@@ -254,7 +254,6 @@ class _PageThread:
     """The page server beside the conversation with CRIU; the only sender on the channel while it runs."""
 
     def __init__(self, sock: socket.socket, criu_version: tuple[int, int, int], sender: PageSender) -> None:
-        self._sock = sock
         self._server = PageServer(sock, criu_version, sender)
         self._sender = sender
         self._error: BaseException | None = None
@@ -268,9 +267,8 @@ class _PageThread:
             self._server.serve()
             self._sender.flush()
         except BaseException as error:
+            # The server has told CRIU, whose failure ends the wait for post-dump.
             self._error = error
-            # CRIU sees the end of its page server and gives up, which ends the wait for post-dump.
-            self._sock.close()
 
     def finish(self) -> None:
         self._thread.join()

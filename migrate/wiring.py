@@ -106,7 +106,9 @@ def _move_locked(
         raise WrongState(f"container {container.name} is {container.state.status}", hint=hint)
     if course.target == host.name:
         raise BadInput(f"{course.target} is this host", hint="give another host: cmigrate host ls")
-    with connect(host, course.target, transport=options.transport, deadline=Deadline.after(options.timeout_s)) as session:
+    with connect(
+        host, course.target, transport=options.transport, deadline=Deadline.after(options.timeout_s)
+    ) as session:
         course.target, course.transport = session.entry.name, session.transport
         for note in session.notes:
             held.on_event(Warning(what=note))
@@ -155,9 +157,7 @@ def _started(course: _Course) -> MoveStarted:
 def _check(containers: Containers, container: Container, session: Session, course: _Course, held: Held) -> None:
     """Preflight on both hosts; raises MoveRefused with all blockers of both at once."""
     facts = preflight.source_facts(containers, container)
-    question = messages.Preflight(
-        spec=container.spec, mode=course.mode, memory_bytes=course.memory_bytes, facts=facts
-    )
+    question = messages.Preflight(spec=container.spec, mode=course.mode, memory_bytes=course.memory_bytes, facts=facts)
     deadline = Deadline.after(PREFLIGHT_TIMEOUT_S)
     session.channel.send(Frame.control(question.to_message()), deadline=deadline)
     here = [finding.to_json() for finding in preflight.source_findings(containers, container)]
@@ -188,9 +188,7 @@ def _moved(course: _Course, source: SourceMove) -> MoveReport:
         _report(course, Outcome.MIGRATED),
         total_ms=(running_at - course.begin) * 1000,
         blackout_ms=(running_at - clock.at("freeze")) * 1000,
-        sent_bytes=SentBytes(
-            images=sent["images"], pages=sent["pages"], files=sent["files"], control=sent["control"]
-        ),
+        sent_bytes=SentBytes(images=sent["images"], pages=sent["pages"], files=sent["files"], control=sent["control"]),
         phases=tuple(PhaseTime(name=name, ms=ms) for name, ms in clock.phases(running_at) if name != "finish"),
     )
 
@@ -199,7 +197,9 @@ def _failed(course: _Course, error: BaseException) -> MoveReport:
     told = describe(error)
     if isinstance(error, InDoubt):
         outcome = Outcome.IN_DOUBT
-    elif isinstance(error, MigrateError) and not isinstance(error, MoveRefused) or isinstance(error, KeyboardInterrupt):
+    elif (isinstance(error, MigrateError) and not isinstance(error, MoveRefused)) or isinstance(
+        error, KeyboardInterrupt
+    ):
         outcome = Outcome.ROLLED_BACK
     else:
         outcome = Outcome.REFUSED
