@@ -292,7 +292,8 @@ def authorize(host: HostConfig, name: str, agent_key: str, path: Path | None = N
     # sshd(8): a quote inside the option is written \", a backslash stands for itself.
     option = command.replace('"', '\\"')
     with _authorized_keys(path) as (lines, write):
-        kept = [line for line in lines if not _is_of(line, name) and agent_key not in line]
+        # The key may have come under another name before; a line that somebody else wrote for it is not ours to change.
+        kept = [line for line in lines if not _is_of(line, name) and not (_is_ours(line) and agent_key in line)]
         write([*kept, f'command="{option}",restrict {agent_key} {_MARK}{name}'])
 
 
@@ -304,6 +305,10 @@ def deauthorize(name: str, path: Path | None = None) -> bool:
             return False
         write(kept)
         return True
+
+
+def _is_ours(line: str) -> bool:
+    return (line.split() or [""])[-1].startswith(_MARK)
 
 
 def _is_of(line: str, name: str) -> bool:

@@ -125,6 +125,7 @@ class Lab:
         Raises WrongState when it is up with another number of hosts or another rate, and whatever goes wrong on the
         way; then nothing is left of it.
         """
+        refuse_inside_a_lab()
         names = plan.host_names(hosts)
         shape = plan.parse_rate(rate) if rate else None
         with self._locked():
@@ -297,6 +298,7 @@ class Lab:
 
     def down(self) -> bool:
         """Kill every process of the lab, containers and all, and remove what it has made. Whether there was one."""
+        refuse_inside_a_lab()
         if not self.directory.exists() and not self._cgroup().exists():
             return False
         with self._locked():
@@ -336,6 +338,12 @@ def host_path() -> str:
     """PATH on a lab host: this checkout's cmigrate first."""
     program = own_command(HostConfig(name="any"))[0]
     return f"{Path(program).parent}:{plan.SYSTEM_PATH}"
+
+
+def refuse_inside_a_lab() -> None:
+    """On a lab host this command would kill itself half-way."""
+    if f"/{plan.CGROUP_ROOT}/" in _read_text(Path("/proc/self/cgroup")):
+        raise WrongState("this is a host of a lab", hint="run it on the machine that the lab is on")
 
 
 def _read_text(path: Path) -> str:
