@@ -46,6 +46,9 @@ class ContainerFacts:
 
     ``upper_bytes`` is a lower bound when ``upper_complete`` is false. ``tmpfs_bytes`` is what /dev/shm and the other
     tmpfs mounts hold. ``exec_sessions`` counts programs that a ``cmigrate exec`` outside still waits for.
+
+    Processes by name and pid: ``compat_tasks`` are 32-bit, ``followers`` are a ``tail -f``, ``other_users`` are not
+    root's.
     """
 
     status: Status
@@ -61,6 +64,7 @@ class ContainerFacts:
     obstacles: tuple[Obstacle, ...] = ()
     compat_tasks: tuple[str, ...] = ()
     followers: tuple[str, ...] = ()
+    other_users: tuple[str, ...] = ()
     uses_ipv6: bool = False
     exec_sessions: int = 0
 
@@ -95,6 +99,7 @@ def read_facts(containers: Containers, container: Container, *, walk_budget_s: f
         obstacles=tuple(obstacles[:MAX_OBSTACLES]),
         compat_tasks=tuple(view.label for view in processes if view.bits == 32),
         followers=tuple(view.label for view in processes if _follows_a_file(view)),
+        other_users=tuple(view.label for view in processes if view.status.uid),
         uses_ipv6=any(d.protocol.endswith("v6") for view in processes for d in view.descriptors),
         exec_sessions=sessions,
     )

@@ -1,4 +1,4 @@
-"""What this host has and lacks, by trying it. Nothing stays: probes run in namespaces of their own that end with them."""
+"""What this host has and lacks, by trying it. Nothing stays: probes run in namespaces that end with them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from runtime.cgroup import CgroupLayout
-from runtime.criu.binary import CriuBinary, find_criu
+from runtime.criu.binary import find_criu
 from runtime.criu.features import CriuFeatures, criu_features
 from runtime.errors import RuntimeFault
 from runtime.host import HostConfig
@@ -79,13 +79,20 @@ class KernelSupport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostFacts:
-    """Everything ``cmigrate doctor`` judges. ``criu`` is None where ``criu_error`` says why."""
+class HostCriu:
+    """``features`` is None where ``error`` says why. ``program`` is its path and where it was found."""
 
-    criu: CriuFeatures | None
-    criu_error: str
-    criu_hint: str
-    criu_program: str
+    features: CriuFeatures | None
+    error: str = ""
+    hint: str = ""
+    program: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostFacts:
+    """Everything ``cmigrate doctor`` judges."""
+
+    criu: HostCriu
     kernel: KernelSupport
     has_sys_resource: bool
     loopback_up: bool
@@ -99,23 +106,30 @@ class HostFacts:
     clock_synchronised: bool
 
 
-def read_host_facts(host: HostConfig) -> HostFacts:
-    """About half a second the first time after a boot, a fifth later. Needs root."""
-    criu: CriuFeatures | None = None
-    error = hint = program = ""
+def probe_criu(host: HostConfig) -> HostCriu:
+    """This host's CRIU and what it can do; from the cache when there is one."""
+    program = ""
     try:
         binary = find_criu()
         program = f"{binary.argv[-1]} ({binary.origin})"
-        criu = criu_features(binary, host.run_dir)
-    except (RuntimeFault, OSError) as failure:
-        error, hint = str(failure), getattr(failure, "hint", "")
+        return HostCriu(features=criu_features(binary, host.run_dir), program=program)
+    except RuntimeFault as error:
+        return HostCriu(features=None, error=error.what, hint=error.hint, program=program)
+    except OSError as error:
+        return HostCriu(features=None, error=str(error), program=program)
+
+
+def has_sys_resource() -> bool:
+    """Whether this process may change other users' resource limits, as CRIU must outside a user namespace."""
+    return bool(parse_capabilities(Path("/proc/self/status").read_text()) >> CAP_SYS_RESOURCE & 1)
+
+
+def read_host_facts(host: HostConfig) -> HostFacts:
+    """About a third of a second the first time after a boot, 50 ms later. Needs root."""
     return HostFacts(
-        criu=criu,
-        criu_error=error,
-        criu_hint=hint,
-        criu_program=program,
+        criu=probe_criu(host),
         kernel=read_kernel_support(host),
-        has_sys_resource=bool(parse_capabilities(Path("/proc/self/status").read_text()) >> CAP_SYS_RESOURCE & 1),
+        has_sys_resource=has_sys_resource(),
         loopback_up=_loopback_is_up(),
         ip_forward=_reads("/proc/sys/net/ipv4/ip_forward", "1"),
         init_program=next((path for path in INIT_PROGRAMS if os.access(path, os.X_OK)), ""),
@@ -126,13 +140,6 @@ def read_host_facts(host: HostConfig) -> HostFacts:
         agent_listens=host.stream_port in bound_ports("tcp"),
         clock_synchronised=probes.clock_is_synchronised(),
     )
-
-
-def host_criu() -> CriuBinary | None:
-    """The CRIU of this host, or None where doctor would complain."""
-    with contextlib.suppress(RuntimeFault, OSError):
-        return find_criu()
-    return None
 
 
 def read_kernel_support(host: HostConfig) -> KernelSupport:
@@ -209,8 +216,8 @@ def _make_network() -> None:
         netlink.link("set", index=port, master=bridge)
     run_nft(
         "table ip probe { chain a { type nat hook prerouting priority dstnat;"
-        " fib daddr type local tcp dport 80 dnat to 10.0.0.1:80; }"
-        " chain b { type nat hook postrouting priority srcnat; ip saddr 10.0.0.0/8 masquerade; } }\n"
+        " fib daddr type local tcp dport 80 dnat to 10.0.0.1:80; }\n"
+        " chain b { type nat hook postrouting priority srcnat; ip saddr 10.0.0.0/8 masquerade; }\n}\n"
     )
 
 

@@ -22,6 +22,7 @@ class ProcessStatus:
     state: str
     parent_pid: int
     tracer_pid: int
+    uid: int
     threads: int
     anonymous_bytes: int
     shared_bytes: int
@@ -39,6 +40,7 @@ def parse_status(text: str) -> ProcessStatus:
         state=fields["State"].split()[0],
         parent_pid=int(fields["PPid"]),
         tracer_pid=int(fields["TracerPid"]),
+        uid=int(fields["Uid"].split()[0]),
         threads=int(fields["Threads"]),
         anonymous_bytes=_kib(fields, "RssAnon"),
         shared_bytes=_kib(fields, "RssShmem"),

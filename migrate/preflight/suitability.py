@@ -1,0 +1,316 @@
+"""The judgement over a target: what the container needs against what the host has. Pure, one function a question."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from migrate.preflight.findings import Finding, blocker, named, ok, size, warning
+from migrate.preflight.source import SLACK_BYTES
+from migrate.preflight.support import judge_kernel
+from migrate.preflight.wireform import SourceFacts
+from runtime.api import NetworkSpec, PortMapping
+from runtime.criu.features import CriuFeatures
+from runtime.facts import LowerFile
+from runtime.facts_host import KernelSupport, Room
+from runtime.host import HostConfig
+
+CLOCK_TOLERANCE_S = 5
+"""Two hosts' wall clocks, and the way of a message between them."""
+MAX_FLAGS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A container of the target, or one ``arriving``; ``ports`` are those it publishes now."""
+
+    id: str
+    name: str
+    network: NetworkSpec | None
+    ports: tuple[PortMapping, ...] = ()
+    arriving: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetView:
+    """The target host. ``cpu_error`` is CRIU's objection to the source's CPU, empty for none.
+
+    ``files`` has an entry for each path asked for. ``address_at`` is the MAC that answers for the container's address.
+    """
+
+    host: HostConfig
+    arch: str
+    page_bytes: int
+    clock_s: int
+    criu: CriuFeatures | None
+    criu_error: str
+    criu_hint: str
+    cpu_error: str
+    cpu_flags: tuple[str, ...]
+    has_ipv6: bool
+    kernel: KernelSupport
+    room: Room
+    holders: tuple[Holder, ...]
+    bound_ports: Mapping[str, frozenset[int]]
+    rootfs_exists: bool
+    missing_volumes: tuple[str, ...]
+    files: Mapping[str, LowerFile | None]
+    address_at: str = ""
+
+    def with_address_at(self, mac: str) -> TargetView:
+        return dataclasses.replace(self, address_at=mac)
+
+
+Check = Callable[[SourceFacts, TargetView, str], Iterator[Finding]]
+
+
+def judge_target(wanted: SourceFacts, view: TargetView, mode: str) -> list[Finding]:
+    """All findings of all checks; a check that finds nothing is one ``ok``."""
+    found: list[Finding] = []
+    for name, check, text in CHECKS:
+        findings = list(check(wanted, view, mode))
+        found += findings or [ok(name, text)]
+    return found
+
+
+def _machine(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
+    if wanted.arch != view.arch:
+        yield blocker("arch", f"the source is {wanted.arch}, this host {view.arch}", "choose a host of the same kind")
+    elif wanted.page_bytes != view.page_bytes:
+        yield blocker(
+            "arch",
+            f"memory pages are {wanted.page_bytes} bytes on the source, {view.page_bytes} here",
+            "choose a host whose kernel has the same page size",
+        )
+
+
+def _criu(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
+    if view.criu is None:
+        yield blocker("criu", f"CRIU does not work here: {view.criu_error}", view.criu_hint or "run scripts/setup here")
+        return
+    if view.criu.check_error:
+        yield blocker("criu", f"CRIU's own check fails here: {view.criu.check_error}", "run cmigrate doctor here")
+    # CRIU reads the images of older versions; nobody promises the reverse, and 4.2 did change its page maps.
+    if view.criu.version[:2] < wanted.criu_version[:2]:
+        theirs = ".".join(str(part) for part in wanted.criu_version)
+        yield blocker(
+            "criu-version",
+            f"CRIU is {view.criu.version_text} here and {theirs} on the source: older ones may not read newer images",
+            "run scripts/setup on both hosts, so that both have the newer CRIU",
+        )
+    if "timens" in view.criu.missing:
+        yield warning("time-namespace", "no time namespaces here: monotonic clocks in the container will jump")
+
+
+def _cpu(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
+    if wanted.arch != view.arch:
+        return
+    missing = [flag for flag in wanted.cpu_flags if flag not in view.cpu_flags]
+    text = f"; missing here: {named(missing, MAX_FLAGS)}" if missing else ""
+    remedy = "choose a host whose CPU can all the source's can, or give both the same CPU model in their hypervisor"
+    if view.cpu_error:
+        yield blocker("cpu", f"the CPU here does not fit: {view.cpu_error}{text}", remedy)
+    elif missing and (not wanted.cpuinfo or view.criu is None or not view.criu.cpuinfo):
+        # CRIU describes no CPUs on this architecture: the kernel's list is all there is.
+        yield blocker("cpu", f"the CPU here lacks {named(missing, MAX_FLAGS)}", remedy)
+
+
+def _features(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
+    yield from (finding for finding in judge_kernel(view.kernel) if finding.level == "blocker")
+    if "compat_cr" in wanted.needs and view.criu is not None and "compat_cr" in view.criu.missing:
+        yield blocker("32-bit", "the container runs 32-bit programs, which CRIU cannot restore here", "use 64-bit ones")
+    if "ipv6" in wanted.needs and not view.has_ipv6:
+        yield blocker(
+            "ipv6", "the container has IPv6 sockets, and this host has no IPv6", "boot without ipv6.disable=1"
+        )
+
+
+def _room(wanted: SourceFacts, view: TargetView, mode: str) -> Iterator[Finding]:
+    memory = wanted.memory_bytes + wanted.tmpfs_bytes + SLACK_BYTES
+    if memory > view.room.memory_bytes:
+        yield blocker(
+            "memory",
+            f"the container needs {size(memory)} of memory, {size(view.room.memory_bytes)} are free here",
+            "stop something here, or choose a larger host",
+        )
+    disk = wanted.upper_bytes + SLACK_BYTES + (wanted.memory_bytes if mode == "stopcopy" else 0)
+    if disk > view.room.state_bytes:
+        yield blocker(
+            "disk",
+            f"the container needs {size(disk)} in {view.host.state_dir}, {size(view.room.state_bytes)} are free here",
+            "free space there" + (", or move with --mode diskless" if mode == "stopcopy" else ""),
+        )
+    if mode != "stopcopy":
+        yield from _room_in_memory(wanted, view)
+    if wanted.hugetlb_bytes > view.room.huge_page_bytes:
+        yield blocker(
+            "huge-pages",
+            f"the container needs {size(wanted.hugetlb_bytes)} of huge pages, "
+            f"{size(view.room.huge_page_bytes)} are free here",
+            "reserve them: sysctl vm.nr_hugepages",
+        )
+
+
+def _room_in_memory(wanted: SourceFacts, view: TargetView) -> Iterator[Finding]:
+    """Received pages wait in run_dir until they are restored."""
+    run_dir = view.host.run_dir
+    wanted_bytes = wanted.memory_bytes + SLACK_BYTES
+    if not view.room.run_is_tmpfs:
+        yield blocker(
+            "run-dir",
+            f"{run_dir} is no tmpfs: pages of the container would reach a disk",
+            f"mount -t tmpfs -o mode=711 tmpfs {run_dir}, or move with --mode stopcopy",
+        )
+    elif wanted_bytes > view.room.run_bytes:
+        yield blocker(
+            "run-dir",
+            f"the pages of the container need {size(wanted_bytes)} in {run_dir}, "
+            f"which has {size(view.room.run_bytes)} free",
+            f"mount -o remount,size=90% the tmpfs of {run_dir}, or move with --mode stopcopy",
+        )
+
+
+def _name(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
+    spec = wanted.spec
+    for holder in view.holders:
+        what = "a container that is on its way here" if holder.arriving else f"container {holder.id}"
+        if holder.id == spec.id:
+            yield blocker("id", f"this very container ({spec.id}) is here already", f"cmigrate inspect {spec.id}")
+        elif holder.name == spec.name:
+            yield blocker(
+                "name", f"the name {spec.name} is taken by {what}", f"cmigrate rm {spec.name} there, or rename"
+            )
+
+
+def _address(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
+    network = wanted.spec.network
+    if network is None:
+        return
+    try:
+        address = ipaddress.ip_interface(network.address).ip
+    except ValueError:
+        yield blocker("address", f"{network.address!r} is no address", "inspect the container on the source")
+        return
+    for holder in view.holders:
+        if holder.network is not None and _ip(holder.network.address) == address and holder.id != wanted.spec.id:
+            yield blocker("address", f"{address} belongs to container {holder.name} here", f"cmigrate rm {holder.name}")
+    # On a shared network it is the container itself, still on the source, that answers.
+    if view.address_at and view.address_at != network.mac.lower():
+        yield blocker(
+            "address", f"{address} is in use on {view.host.bridge}, by {view.address_at}", "free the address there"
+        )
+    if address not in ipaddress.ip_network(view.host.subnet, strict=False):
+        yield blocker(
+            "subnet",
+            f"{address} is not in {view.host.subnet}, which {view.host.bridge} carries here",
+            "set the same subnet in config.toml of both hosts",
+        )
+    elif network.gateway != view.host.gateway:
+        yield warning(
+            "gateway",
+            f"the container's way out is {network.gateway}, which is not this host's gateway ({view.host.gateway})",
+            "set the same gateway in config.toml of both hosts",
+        )
+
+
+def _ip(address: str) -> object:
+    try:
+        return ipaddress.ip_interface(address).ip
+    except ValueError:
+        return None
+
+
+def _ports(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
+    for port in wanted.spec.ports:
+        text = f"{port.protocol} port {port.host_port}"
+        owner = next((holder.name for holder in view.holders for other in holder.ports if _clash(port, other)), "")
+        if owner:
+            yield blocker("port", f"{text} is published by container {owner} here", f"cmigrate stop {owner} there")
+        elif port.host_port in view.bound_ports.get(port.protocol, ()):
+            yield blocker("port", f"{text} is in use by a program of this host", "stop that program")
+
+
+def _clash(one: PortMapping, other: PortMapping) -> bool:
+    everywhere = "0.0.0.0" in (one.host_address, other.host_address)
+    same = (one.protocol, one.host_port) == (other.protocol, other.host_port)
+    return same and (everywhere or one.host_address == other.host_address)
+
+
+def _rootfs(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
+    rootfs = wanted.spec.rootfs
+    if not view.rootfs_exists:
+        yield blocker("rootfs", f"the root directory {rootfs} is not here", "copy it here, to the same path")
+        return
+    differing = [text for file in wanted.files if (text := difference(file, view.files.get(file.path)))]
+    if differing:
+        where = "this host's own root" if rootfs == "host" else rootfs
+        yield blocker(
+            "files",
+            f"{len(differing)} of {len(wanted.files)} files in use differ in {where}: {named(differing)}",
+            "install the same packages in the same versions on both hosts",
+        )
+    if not wanted.files_complete:
+        yield warning("files", "the container uses more files than are compared beforehand; the restore compares them")
+
+
+def difference(there: LowerFile, here: LowerFile | None) -> str:
+    """How this host's file differs from the source's in what CRIU compares; empty when it does not."""
+    if here is None:
+        return f"{there.path} is missing"
+    if there.build_id and there.build_id != here.build_id:
+        return f"{there.path} is another build"
+    if there.size_bytes != here.size_bytes:
+        return f"{there.path} has {here.size_bytes} bytes instead of {there.size_bytes}"
+    if there.mode != here.mode:
+        return f"{there.path} has mode {here.mode:o} instead of {there.mode:o}"
+    return ""
+
+
+def _volumes(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
+    if view.missing_volumes:
+        yield blocker(
+            "volumes",
+            f"not here: {named(view.missing_volumes)}",
+            "mount the shared storage at the same path; what is in volumes does not move",
+        )
+    elif wanted.spec.volumes:
+        sources = named([volume.source for volume in wanted.spec.volumes])
+        yield warning(
+            "volumes", f"what is in {sources} does not move", "make sure that both hosts see the same storage"
+        )
+
+
+def _clock(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
+    ahead = view.clock_s - wanted.clock_s
+    if abs(ahead) > CLOCK_TOLERANCE_S:
+        direction = "ahead of" if ahead > 0 else "behind"
+        yield warning(
+            "clock",
+            f"the clock here is {abs(ahead)} s {direction} the source's: the container's time of day will jump",
+            "synchronise both clocks, with chrony for example",
+        )
+
+
+def _size(wanted: SourceFacts, _view: TargetView, _mode: str) -> Iterator[Finding]:
+    if not wanted.upper_complete:
+        yield warning(
+            "upper-layer", f"the root difference has {size(wanted.upper_bytes)} or more: room was not checked"
+        )
+
+
+CHECKS: tuple[tuple[str, Check, str], ...] = (
+    ("arch", _machine, "same architecture and page size"),
+    ("criu", _criu, "CRIU works, and reads the source's images"),
+    ("cpu", _cpu, "the CPU can all the source's can"),
+    ("kernel", _features, "the kernel has what containers need"),
+    ("room", _room, "memory and disk have room"),
+    ("upper-layer", _size, "the size of the root difference is known"),
+    ("name", _name, "name and id are free"),
+    ("address", _address, "the address is free and belongs here"),
+    ("port", _ports, "published ports are free"),
+    ("files", _rootfs, "the files in use are the same"),
+    ("volumes", _volumes, "no volume is missing"),
+    ("clock", _clock, "both clocks agree"),
+)
