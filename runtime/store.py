@@ -13,18 +13,20 @@ import json
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from runtime.api import Container, ContainerSpec, ContainerState, Status, spec_from_json, state_from_json
-from runtime.errors import Busy, CorruptData, NameTaken, NoRoom, NotFound
+from runtime.errors import Busy, CorruptData, NameTaken, NoRoom, NotFound, RuntimeFault
 from runtime.host import HostConfig
 
 STORE_LOCK_WAIT_S = 10.0
 LOCK_POLL_S = 0.01
 SPEC, INCOMING, STATE = "spec.json", "incoming.json", "state.json"
+DAMAGE_HINT = "restore it from a backup, or remove the container's directory"
 
 
 def process_start_ticks(pid: int) -> int | None:
@@ -38,11 +40,13 @@ def process_start_ticks(pid: int) -> int | None:
 
 def write_durably(file: Path, data: bytes) -> None:
     """Replace ``file``; contents and name are on disk when this returns. Raises NoRoom for a full disk."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_native_id()}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(descriptor, data)
+            left = memoryview(data)
+            while left:  # a disk that fills up takes a part first and fails after that
+                left = left[os.write(descriptor, left) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -68,13 +72,24 @@ def read_json(file: Path) -> dict[str, Any]:
     """Raises CorruptData naming the file, FileNotFoundError when it is not there."""
     try:
         data = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CorruptData(
-            f"{file} is damaged: {error}", hint="restore it from a backup, or remove the directory"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptData(f"{file} is damaged: {error}", hint=DAMAGE_HINT) from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CorruptData(f"{file} can not be read: {error.strerror}", hint=DAMAGE_HINT) from error
     if not isinstance(data, dict):
-        raise CorruptData(f"{file} is damaged: no JSON object")
+        raise CorruptData(f"{file} is damaged: no JSON object", hint=DAMAGE_HINT)
     return data
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """What does not fit inside the file is told with the file's name."""
+    try:
+        yield
+    except RuntimeFault as error:
+        raise CorruptData(f"{file} is damaged: {error.what}", hint=error.hint or DAMAGE_HINT) from error
 
 
 class ContainerStore:
@@ -95,7 +110,7 @@ class ContainerStore:
     # Making and removing
 
     def create(self, spec: ContainerSpec) -> Container:
-        """Raises NameTaken, NoRoom."""
+        """Reserve id, name and address. Raises NameTaken, NoRoom; nothing is left then."""
         state = ContainerState(status=Status.CREATED)
         self._make(spec, SPEC, spec.to_json(), state)
         return Container(spec=spec, state=state)
@@ -106,7 +121,7 @@ class ContainerStore:
         self._make(spec, INCOMING, content, ContainerState(status=Status.CREATED))
 
     def admit(self, container_id: str, state: ContainerState) -> None:
-        """The reserved container lives here now, in this state."""
+        """The reserved container lives here now, in this state; from the moment spec.json is there, whoever dies."""
         directory = self.directory(container_id)
         spec = read_json(directory / INCOMING)["spec"]
         self.write_state(container_id, state)
@@ -117,19 +132,17 @@ class ContainerStore:
     def forget_reservation(self, container_id: str, move_id: str) -> None:
         """Undo ``reserve`` of this move; does nothing when there is none."""
         with contextlib.suppress(FileNotFoundError, CorruptData):
-            if read_json(self.directory(container_id) / INCOMING).get("move_id") == move_id:
+            directory = self.directory(container_id)
+            if (directory / SPEC).exists():
+                return  # ``admit`` was cut short after the point from which the container lives here
+            if read_json(directory / INCOMING).get("move_id") == move_id:
                 self.remove(container_id)
 
     def _make(self, spec: ContainerSpec, marker: str, content: dict[str, Any], state: ContainerState) -> None:
         with self._store_lock():
-            taken = {known.name: known.id for known in self.known_specs()}
-            if spec.name in taken or spec.id in taken.values():
-                owner = taken.get(spec.name, spec.id)
-                raise NameTaken(
-                    f"the name {spec.name!r} is taken by container {owner}", hint="choose another, or rm it"
-                )
             directory = self.directory(spec.id)
-            shutil.rmtree(directory, ignore_errors=True)
+            self._refuse_doubles(spec, directory)
+            shutil.rmtree(directory, ignore_errors=True)  # half made or half removed by a command that was killed
             try:
                 directory.mkdir(parents=True, mode=0o711)
                 self.write_state(spec.id, state)
@@ -140,6 +153,20 @@ class ContainerStore:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise NoRoom(f"no room for a container in {self._base}") from error
                 raise
+
+    def _refuse_doubles(self, spec: ContainerSpec, directory: Path) -> None:
+        for known in self.known_specs():
+            if known.name == spec.name:
+                raise NameTaken(
+                    f"the name {spec.name!r} is taken by container {known.id}", hint="choose another, or rm it"
+                )
+            if known.network and spec.network and _host_part(known) == _host_part(spec):
+                raise NameTaken(
+                    f"the address {_host_part(spec)} is taken by container {known.name}", hint="give another by --ip"
+                )
+        # Of a container whose files are damaged as well: they are all that is left of it.
+        if (directory / SPEC).exists() or (directory / INCOMING).exists():
+            raise NameTaken(f"the id {spec.id} is taken: see {directory}", hint="cmigrate ps -a lists what is there")
 
     def remove(self, container_id: str) -> None:
         """The name is free when this returns."""
@@ -162,9 +189,11 @@ class ContainerStore:
         found: list[Container] = []
         for directory in self._directories():
             try:
-                found.append(self._read(directory))
+                if (directory / SPEC).exists():  # else half made, half removed or on its way here
+                    found.append(self._read(directory))
             except FileNotFoundError:
-                continue  # half made, half removed or on its way here
+                if (directory / SPEC).exists():  # else it was removed while we looked
+                    self.warnings.append(f"{directory / STATE} is missing")
             except CorruptData as error:
                 self.warnings.append(error.what)
         return found
@@ -187,14 +216,19 @@ class ContainerStore:
         """(move id, spec) of the containers on their way here."""
         found = []
         for directory in self._directories():
-            with contextlib.suppress(FileNotFoundError, CorruptData, KeyError):
-                data = read_json(directory / INCOMING)
-                found.append((str(data["move_id"]), spec_from_json(data["spec"])))
+            with contextlib.suppress(FileNotFoundError, RuntimeFault, KeyError):
+                if not (directory / SPEC).exists():
+                    data = read_json(directory / INCOMING)
+                    found.append((str(data["move_id"]), spec_from_json(data["spec"])))
         return found
 
     def known_specs(self) -> list[ContainerSpec]:
-        """Of all that are here or on their way here."""
-        return [c.spec for c in self.containers()] + [spec for _move, spec in self.incoming()]
+        """Of all that are here or on their way here, whatever their state file says."""
+        found = [spec for _move, spec in self.incoming()]
+        for directory in self._directories():
+            with contextlib.suppress(FileNotFoundError, CorruptData):
+                found.append(self._read_spec(directory))
+        return found
 
     def _directories(self) -> list[Path]:
         try:
@@ -203,9 +237,20 @@ class ContainerStore:
             return []
 
     @staticmethod
-    def _read(directory: Path) -> Container:
-        spec = spec_from_json(read_json(directory / SPEC))
-        return Container(spec=spec, state=state_from_json(read_json(directory / STATE)))
+    def _read_spec(directory: Path) -> ContainerSpec:
+        data = read_json(directory / SPEC)
+        with naming(directory / SPEC):
+            spec = spec_from_json(data)
+        if spec.id != directory.name:
+            raise CorruptData(f"{directory / SPEC} is damaged: it is of container {spec.id}", hint=DAMAGE_HINT)
+        return spec
+
+    @classmethod
+    def _read(cls, directory: Path) -> Container:
+        spec = cls._read_spec(directory)
+        data = read_json(directory / STATE)
+        with naming(directory / STATE):
+            return Container(spec=spec, state=state_from_json(data))
 
     @staticmethod
     def observe(container: Container) -> ContainerState:
@@ -235,24 +280,46 @@ class ContainerStore:
     @staticmethod
     @contextlib.contextmanager
     def _lock(path: Path, wait_s: float, purpose: str, what: str) -> Iterator[None]:
+        deadline = time.monotonic() + wait_s
+        while (descriptor := _try_lock(path, what)) is None:
+            if time.monotonic() >= deadline:
+                holder = _text(path)
+                raise Busy(f"{what} is held by {holder or 'another command'}", hint="wait for it to end")
+            time.sleep(LOCK_POLL_S)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:
-            raise NotFound(f"{what} is gone", hint="cmigrate ps -a lists what is there") from None
-        try:
-            deadline = time.monotonic() + wait_s
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another command"
-                        raise Busy(f"{what} is held by {holder}", hint="wait for it to end") from None
-                    time.sleep(LOCK_POLL_S)
-            os.ftruncate(descriptor, 0)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+                os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{purpose} (pid {os.getpid()})\n".encode(), 0)
             yield
         finally:
             os.close(descriptor)
+
+
+def _try_lock(path: Path, what: str) -> int | None:
+    """The locked descriptor, or None while somebody else has it. Raises NotFound when its directory is gone."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound(f"{what} is gone", hint="cmigrate ps -a lists what is there") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Somebody may have removed the container, and made it anew, between our open and our lock.
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _host_part(spec: ContainerSpec) -> str:
+    return spec.network.address.partition("/")[0] if spec.network else ""
+
+
+def _text(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(errors="replace").strip()[:200]
+    return ""
