@@ -1,0 +1,88 @@
+"""`cmigrate move`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from migrate.cli.output import fail, json_option, open_host, terminated_like_interrupted
+
+if TYPE_CHECKING:
+    from migrate.observe import Event, Observer
+    from migrate.report import MoveReport
+
+
+class Noting:
+    """In front of an observer: remembers the report, which says how the move ended."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self.report: MoveReport | None = None
+
+    def on_event(self, event: Event) -> None:
+        from migrate.observe import MoveEnded
+
+        if isinstance(event, MoveEnded):
+            self.report = event.report
+        self._observer.on_event(event)
+
+
+@click.command("move")
+@click.argument("container")
+@click.option("--to", metavar="HOST", required=True, help="Where to; `cmigrate host ls` lists hosts.")
+@click.option(
+    "--mode", type=click.Choice(["auto", "stopcopy", "diskless"]), default="auto", show_default=True, help="How."
+)
+@click.option(
+    "--transport",
+    type=click.Choice(["auto", "ssh", "stream"]),
+    default="auto",
+    show_default=True,
+    help="auto: stream where the agent there answers, else ssh.",
+)
+@click.option("--dry-run", is_flag=True, help="Only check; list every reason why it could not be moved.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0.1),
+    default=20.0,
+    show_default=True,
+    help="Seconds to connect.",
+)
+@json_option
+def move_command(
+    container: str, to: str, mode: str, transport: str, dry_run: bool, timeout_s: float, as_json: bool
+) -> int:
+    """Move a running container to another host.
+
+    Exit code 0: it runs there. 4: refused, nothing happened. 5: rolled back, it runs on here. 6: in doubt, it is held
+    here until the target answers. With --json: events, and the report last.
+    """
+    host = open_host()
+    from migrate.observe import JsonLines, Terminal
+    from migrate.wiring import MoveOptions, move
+
+    observer = Noting(JsonLines(sys.stdout) if as_json else Terminal(sys.stderr))
+    options = MoveOptions(
+        mode=mode,  # type: ignore[arg-type]  # click.Choice has checked these two
+        transport=transport,  # type: ignore[arg-type]
+        dry_run=dry_run,
+        timeout_s=timeout_s,
+    )
+    try:
+        with terminated_like_interrupted():
+            report = move(host, container, to, options, observer)
+    except BaseException as error:
+        if as_json and observer.report is not None:
+            from migrate.errors import exit_code_for
+
+            # The report is the last line, and it holds the error.
+            return exit_code_for(error)
+        if isinstance(error, KeyboardInterrupt):
+            return fail(error, as_json=as_json)
+        raise
+    if dry_run and not as_json:
+        click.echo(f"{report.container} can move to {report.target}: {report.mode} by {report.transport}")
+    return 0

@@ -1,0 +1,69 @@
+"""A report as a table, by rich. Imported only when one is shown."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from migrate.report import MoveReport, Outcome
+
+STYLES = {
+    Outcome.MIGRATED: "green",
+    Outcome.ROLLED_BACK: "yellow",
+    Outcome.IN_DOUBT: "bold red",
+    Outcome.REFUSED: "yellow",
+}
+
+
+def print_report(report: MoveReport, console: Console | None = None) -> None:
+    """To stdout. The demo prints its reports with this, too."""
+    console = console or Console(highlight=False)
+    console.print(report_table(report))
+    if report.error is not None:
+        console.print(f"error: {report.error.what}", markup=False)
+        for line in report.error.log_lines:
+            console.print(f"    {line}", markup=False)
+        if report.error.hint:
+            console.print(f"hint: {report.error.hint}", markup=False)
+    for blocker in report.blockers:
+        console.print(f"  - {blocker.get('what', '')}", markup=False)
+
+
+def report_table(report: MoveReport) -> Table:
+    """What was moved and how, the sizes, and each phase with its share of the blackout's clock."""
+    table = Table(title=f"Move {report.id}", title_justify="left", show_header=False, min_width=60)
+    table.add_column(style="bold")
+    table.add_column()
+    blackout = "--" if report.blackout_ms is None else f"{report.blackout_ms:.1f} ms"
+    sent = report.sent_bytes
+    table.add_row("container", report.container)
+    table.add_row("from, to", f"{report.source} -> {report.target}")
+    table.add_row("mode, transport", f"{report.mode}, {report.transport}")
+    table.add_row("outcome", f"[{STYLES[report.outcome]}]{report.outcome}[/]")
+    table.add_row("started", report.started_at)
+    table.add_row("blackout", blackout)
+    table.add_row("total", f"{report.total_ms:.1f} ms")
+    table.add_row("memory", _size(report.memory_bytes))
+    kinds = ", ".join(f"{name} {_size(getattr(sent, name))}" for name in ("pages", "files", "images", "control"))
+    table.add_row("sent", f"{_size(sent.total)} ({kinds})")
+    if report.rounds:
+        table.add_row("rounds", str(report.rounds))
+    if report.phases:
+        table.add_section()
+        for phase in report.phases:
+            table.add_row(phase.name, f"{phase.ms:10.1f} ms")
+    table.add_section()
+    versions = report.versions
+    table.add_row("cmigrate, Python", f"{versions.cmigrate or '--'}, {versions.python or '--'}")
+    table.add_row("CRIU", f"{versions.criu_source or '--'} -> {versions.criu_target or '--'}")
+    table.add_row("kernel", f"{versions.kernel_source or '--'} -> {versions.kernel_target or '--'}")
+    return table
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
