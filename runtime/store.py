@@ -19,13 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.api import Container, ContainerSpec, ContainerState, Status, spec_from_json, state_from_json
+from runtime.api import ID_PATTERN, Container, ContainerSpec, ContainerState, Status, spec_from_json, state_from_json
 from runtime.errors import Busy, CorruptData, NameTaken, NoRoom, NotFound, RuntimeFault
 from runtime.host import HostConfig
 
 STORE_LOCK_WAIT_S = 10.0
 LOCK_POLL_S = 0.01
 SPEC, INCOMING, STATE = "spec.json", "incoming.json", "state.json"
+REMOVED_PREFIX = ".removed-"
 DAMAGE_HINT = "restore it from a backup, or remove the container's directory"
 
 
@@ -140,6 +141,7 @@ class ContainerStore:
 
     def _make(self, spec: ContainerSpec, marker: str, content: dict[str, Any], state: ContainerState) -> None:
         with self._store_lock():
+            self._sweep()
             directory = self.directory(spec.id)
             self._refuse_doubles(spec, directory)
             shutil.rmtree(directory, ignore_errors=True)  # half made or half removed by a command that was killed
@@ -169,11 +171,17 @@ class ContainerStore:
             raise NameTaken(f"the id {spec.id} is taken: see {directory}", hint="cmigrate ps -a lists what is there")
 
     def remove(self, container_id: str) -> None:
-        """The name is free when this returns."""
-        directory = self.directory(container_id)
-        for marker in (SPEC, INCOMING):
-            (directory / marker).unlink(missing_ok=True)
-        shutil.rmtree(directory, ignore_errors=True)
+        """The name is free when this returns; does nothing when there is no such container."""
+        # In one step, so that nobody who waits for the lock in it can make files in a half removed directory.
+        doomed = self._base / f"{REMOVED_PREFIX}{container_id}.{os.getpid()}.{threading.get_native_id()}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.directory(container_id), doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Finish removals that were cut short."""
+        for path in self._base.glob(f"{REMOVED_PREFIX}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def replace_spec(self, container_id: str, spec: ContainerSpec) -> None:
         write_durably(self.directory(container_id) / SPEC, json.dumps(spec.to_json()).encode())
@@ -232,7 +240,7 @@ class ContainerStore:
 
     def _directories(self) -> list[Path]:
         try:
-            return sorted(path for path in self._base.iterdir() if path.is_dir())
+            return sorted(path for path in self._base.iterdir() if ID_PATTERN.fullmatch(path.name))
         except FileNotFoundError:
             return []
 

@@ -382,6 +382,15 @@ def test_whoever_waited_for_a_removed_container_is_told_that_it_is_gone(store: C
     assert len(failures) == 1
 
 
+def test_a_removal_that_was_cut_short_is_finished_by_the_next_creation(store: ContainerStore) -> None:
+    made = store.create(spec_of("web1"))
+    left = store.directory(made.id).with_name(f".removed-{made.id}.1.1")
+    store.directory(made.id).rename(left)
+    assert store.containers() == []
+    store.create(spec_of("web1"))
+    assert not left.exists()
+
+
 def test_the_lock_of_a_container_made_anew_is_another_one(store: ContainerStore) -> None:
     made = store.create(spec_of("web1"))
     with store.locked(made.id, wait_s=0, purpose="rm"):
