@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from migrate.checkpoint import checkpoint, restore
     from migrate.errors import (
         ErrorText,
         ExitCode,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
         exit_code_for,
     )
     from migrate.observe import Event, JsonLines, Observer, Silent, Terminal
-    from migrate.checkpoint import checkpoint, restore
     from migrate.report import MoveReport, Outcome
     from migrate.reports import ReportStore
     from migrate.wiring import MoveOptions, move

@@ -1,4 +1,4 @@
-"""Chooses how to move: mode, and why. Pure; the skeleton of what predicts blackout and traffic once pre-copy is there."""
+"""Chooses how to move: mode, and why. Pure; the skeleton of what predicts blackout and traffic for each mode."""
 
 from __future__ import annotations
 
