@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from google.protobuf.message import DecodeError
 from pycriu.images import pagemap_pb2, pstree_pb2
 
 from runtime.criu.page_protocol import (
@@ -277,8 +278,6 @@ def _records(path: Path, magic: int) -> Iterator[memoryview]:
 
 
 def _decode(message: Any, record: memoryview, path: Path) -> Any:
-    from google.protobuf.message import DecodeError
-
     found = message()
     try:
         found.ParseFromString(bytes(record))

@@ -43,7 +43,7 @@ class UnknownPageCommand(CriuFailed):
 
 @dataclass(frozen=True, slots=True)
 class SpaceId:
-    """One address space of an image set: of a task (``id``: pid in its namespace), or of shared memory (``id``: shmid)."""
+    """One space of pages in an image set: a task's (``id``: pid in its namespace) or shared memory's (its shmid)."""
 
     kind: Literal["task", "shmem"]
     id: int
@@ -93,7 +93,6 @@ class PageProtocol:
 
     def parse(self, header: bytes | bytearray | memoryview) -> Command:
         """Decode ``header_bytes`` bytes. Raises UnknownPageCommand."""
-        # All CRIUs agree on the order; only the narrow ones have pages in the padding of the wide ones.
         word, pages, address, destination = self._layout.unpack(header)
         number, flags = word & _COMMAND_MASK, word >> _FLAGS_SHIFT
         if number == _ADD_F:
@@ -110,14 +109,14 @@ class PageProtocol:
             f"CRIU sent the unknown page command {number:#x}", hint="is this CRIU newer than this program knows?"
         )
 
-    def answer(self, command: Command, *, status: int = 0) -> bytes:
-        """What CRIU waits for after ``command``; empty when it does not. ``status`` other than 0 refuses a CLOSE."""
+    def answer(self, command: Command) -> bytes:
+        """What CRIU waits for after ``command`` when all is well; empty when it does not wait."""
         if not command.wants_answer:
             return b""
         if command.kind is CommandKind.OPEN:
             # "No parent". With a parent CRIU would look for signs of reused pids, and fail without finding them.
             return b"\0"
-        return _STATUS.pack(status if command.kind is CommandKind.CLOSE else 0)
+        return _STATUS.pack(0)
 
     def _run(self, destination: int, address: int, pages: int, flags: int) -> Command:
         if flags & ~KNOWN_FLAGS:
@@ -138,7 +137,7 @@ class PageProtocol:
 
 
 def refusal() -> bytes:
-    """The answer to anything that makes CRIU give up the dump."""
+    """The answer to CLOSE that makes CRIU give up the dump."""
     return _STATUS.pack(-1)
 
 

@@ -3,8 +3,8 @@
 CRIU gets one end as ``opts.ps.fd`` and then writes no pages-*.img and no pagemap-*.img. The other end is served by a
 thread while the caller answers CRIU's notifications.
 
-The socket stays open and is read to the end whatever happens on our side, and the verdict is given where CRIU asks for
-it: a CRIU whose page server has gone away in mid-dump dies of SIGPIPE with its hands in the tasks.
+Whatever fails on our side makes the dump fail: the stream is cut, CRIU finds it broken or reads a refusal where it asks
+for the verdict, and lets its tasks run on. (It ignores SIGPIPE: seen with 4.1.1 and 4.2.1, cut in mid-dump.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from runtime.criu.page_protocol import (
     CommandKind,
     PageProtocol,
     SpaceId,
-    UnknownPageCommand,
     refusal,
     zero_pages_may_be_left_out,
 )
@@ -97,31 +96,21 @@ class RunReader:
 
     def read_into(self, view: memoryview) -> None:
         """Fill ``view``, which must not be longer than what remains."""
-        size = self._checked(view.nbytes)
-        self._stream.read_into(view)
-        self.remaining_bytes -= size
+        self._stream.read_into(view[: self._take(view.nbytes)])
 
     def splice_to(self, fd: int, size_bytes: int | None = None) -> None:
-        """Move bytes (all that remain) to a file or pipe without a copy through this process.
-
-        An OSError is that of ``fd``.
-        """
-        left = self._checked(size_bytes)
-        while left:
-            # Counted as they leave the socket: where the next header begins stays known when ``fd`` fails.
-            moved = self._stream.fill_pipe(left)
-            self.remaining_bytes -= moved
-            left -= moved
-            self._stream.empty_pipe(fd, moved)
+        """Move bytes (all that remain) to a file or pipe without a copy through this process."""
+        self._stream.splice_to(fd, self._take(size_bytes))
 
     def discard(self, size_bytes: int | None = None) -> None:
         """Throw bytes (all that remain) away without reading them."""
-        self.splice_to(self._stream.null, size_bytes)
+        self._stream.discard(self._take(size_bytes))
 
-    def _checked(self, size_bytes: int | None) -> int:
+    def _take(self, size_bytes: int | None) -> int:
         size = self.remaining_bytes if size_bytes is None else size_bytes
         if not 0 <= size <= self.remaining_bytes:
             raise ValueError(f"{size} bytes asked for, {self.remaining_bytes} left in this run")
+        self.remaining_bytes -= size
         return size
 
 
@@ -132,32 +121,29 @@ class PageServer:
         self._sock = sock
         self._protocol = PageProtocol(criu_version)
         self._consumer = consumer
-        self._failure: BaseException | None = None
         self._cancelled = False
         self._space: SpaceId | None = None
         self._spaces = self._runs = self._pages = 0
 
     def cancel(self) -> None:
-        """From any thread: throw the rest away and make CRIU fail the dump; ``serve`` then raises CriuFailed."""
+        """From any thread, at any time: make CRIU fail the dump, and ``serve`` raise CriuFailed."""
         self._cancelled = True
+        self._cut()
 
     def serve(self, *, idle_timeout_s: float | None = None) -> PageTotals:
-        """Until CRIU has sent everything and got its verdict. CRIU may have failed nevertheless: its response tells.
+        """Until CRIU has sent everything and was told that all is well. Whether its dump succeeded, its response tells.
 
-        Raises what the consumer raised, CriuFailed, PageStreamEnded, or UnknownPageCommand; CRIU's dump has failed
-        then, or will, and its tasks run on. ``idle_timeout_s`` bounds each silence of CRIU.
+        Raises what the consumer raised, CriuFailed, PageStreamEnded or UnknownPageCommand; CRIU's dump has failed
+        then, or fails now, and its tasks run on. ``idle_timeout_s`` bounds each silence of CRIU.
         """
-        with _Stream(self._sock, idle_timeout_s) as stream:
-            try:
+        try:
+            with _Stream(self._sock, idle_timeout_s) as stream:
                 self._obey_until_close(stream)
-            except UnknownPageCommand:
-                self._give_up(stream)
-                raise
-            except PageStreamEnded as ended:
-                # After a consumer's failure the end of the stream is no news.
-                raise (self._failure or ended) from None
-        if self._failure is not None:
-            raise self._failure
+        except BaseException as error:
+            self._refuse()
+            if self._cancelled and isinstance(error, PageStreamEnded):
+                raise CriuFailed("the dump was called off") from None
+            raise
         return PageTotals(spaces=self._spaces, runs=self._runs, pages=self._pages)
 
     def _obey_until_close(self, stream: _Stream) -> None:
@@ -170,65 +156,55 @@ class PageServer:
                 continue
             if command.kind is CommandKind.OPEN and command.space is not None:
                 self._open(command.space)
-            if self._cancelled and self._failure is None:
-                self._failure = CriuFailed("the dump was called off")
-            stream.send(self._protocol.answer(command, status=0 if self._failure is None else -1))
+            stream.send(self._protocol.answer(command))
             if command.kind is CommandKind.CLOSE:
                 return
 
     def _open(self, space: SpaceId) -> None:
         self._space = space
         self._spaces += 1
-        if self._failure is None and not self._cancelled:
-            try:
-                self._consumer.open(space)
-            except BaseException as error:
-                self._failure = error
+        self._consumer.open(space)
 
     def _run(self, command: Command, stream: _Stream) -> None:
-        assert command.space is not None
-        if command.space != self._space:
-            self._open(command.space)
+        _kind, space, address, pages, flags, _wants_answer = command
+        assert space is not None
+        if space != self._space:
+            self._open(space)
+        if flags & PE_PARENT or not flags & PE_PRESENT:
+            raise CriuFailed(
+                f"CRIU sent {pages} pages at {address:#x} of {space} without their content",
+                hint="the dump must ask for neither lazy pages nor a parent image",
+            )
         reader = RunReader(stream, command.data_bytes)
-        if self._failure is None and not self._cancelled:
-            try:
-                self._check(command)
-                self._consumer.run(command.space, command.address, command.pages, command.flags, reader)
-            except BaseException as error:
-                self._failure = error
+        self._consumer.run(space, address, pages, flags, reader)
         if reader.remaining_bytes:
             reader.discard()
         self._runs += 1
-        self._pages += command.pages
+        self._pages += pages
 
-    @staticmethod
-    def _check(command: Command) -> None:
-        if command.flags & PE_PARENT or not command.flags & PE_PRESENT:
-            raise CriuFailed(
-                f"CRIU sent {command.pages} pages at {command.address:#x} of {command.space} without their content",
-                hint="the dump must ask for neither lazy pages nor a parent image",
-            )
+    def _refuse(self) -> None:
+        with contextlib.suppress(OSError):
+            # Never waits: CRIU may be in the middle of a write, and then does not read.
+            self._sock.send(refusal(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        self._cut()
 
-    def _give_up(self, stream: _Stream) -> None:
-        with contextlib.suppress(CriuFailed):
-            stream.send(refusal())
-            self._sock.shutdown(socket.SHUT_WR)
-            stream.discard_to_end()
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
 
 class _Stream:
-    """Exact reads from a blocking socket, and splices through a pipe of its own. Fails for good after one failure."""
+    """Exact reads from a blocking socket, and splices through a pipe of its own. Of no use after a failure."""
 
     def __init__(self, sock: socket.socket, idle_timeout_s: float | None) -> None:
         self._sock = sock
         self._idle_timeout_s = idle_timeout_s
-        self._failed: PageStreamEnded | None = None
         self._pipe: tuple[int, int] | None = None
         self._null = -1
         sock.setblocking(True)
-        # Not settimeout(): that makes the socket non-blocking, and each long read one of many short ones.
-        whole, part = divmod(idle_timeout_s or 0.0, 1.0)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(whole), int(part * 1e6)))
+        # Not settimeout(): that makes the socket non-blocking, and each long read many short ones. 0 is for ever.
+        timeout_us = int((idle_timeout_s or 0.0) * 1e6)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", *divmod(timeout_us, 1_000_000)))
 
     def __enter__(self) -> Self:
         return self
@@ -236,21 +212,18 @@ class _Stream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close_pipe()
-        if self._null >= 0:
-            os.close(self._null)
-            self._null = -1
+        for fd in (*(self._pipe or ()), self._null):
+            if fd >= 0:
+                os.close(fd)
 
     def send(self, data: bytes) -> None:
-        if not data:
-            return
-        try:
-            self._sock.sendall(data, socket.MSG_NOSIGNAL)
-        except OSError as error:
-            raise self._broken(error) from error
+        if data:
+            try:
+                self._sock.sendall(data, socket.MSG_NOSIGNAL)
+            except OSError as error:
+                raise self._broken(error) from error
 
     def read_into(self, view: memoryview) -> None:
-        self._check()
         while len(view):
             try:
                 got = self._sock.recv_into(view, 0, socket.MSG_WAITALL)
@@ -260,55 +233,29 @@ class _Stream:
                 raise self._broken()
             view = view[got:]
 
-    def fill_pipe(self, most_bytes: int) -> int:
-        """Move up to so many bytes from the socket into our pipe; how many."""
-        self._check()
-        _reader, writer = self._pipe_ends()
-        try:
-            moved = os.splice(self._sock.fileno(), writer, min(most_bytes, PIPE_BYTES))
-        except OSError as error:
-            raise self._broken(error) from error
-        if not moved:
-            raise self._broken()
-        return moved
-
-    def empty_pipe(self, fd: int, size_bytes: int) -> None:
-        """Move what is in our pipe to ``fd``. What a failing ``fd`` did not take is thrown away."""
-        reader, _writer = self._pipe_ends()
-        try:
-            while size_bytes:
-                size_bytes -= os.splice(reader, fd, size_bytes)
-        except BaseException:
-            self._close_pipe()
-            raise
-
-    @property
-    def null(self) -> int:
-        if self._null < 0:
-            self._null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
-        return self._null
-
-    def discard_to_end(self) -> None:
-        """Returns by raising PageStreamEnded."""
-        while True:
-            self.empty_pipe(self.null, self.fill_pipe(PIPE_BYTES))
-
-    def _pipe_ends(self) -> tuple[int, int]:
+    def splice_to(self, fd: int, size_bytes: int) -> None:
+        """Through our pipe, because a splice needs one at one end. An OSError is that of ``fd``."""
         if self._pipe is None:
             self._pipe = os.pipe2(os.O_CLOEXEC)
             # Smaller is slower, nothing else.
             with contextlib.suppress(OSError):
                 fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        return self._pipe
+        reader, writer = self._pipe
+        while size_bytes:
+            try:
+                moved = os.splice(self._sock.fileno(), writer, min(size_bytes, PIPE_BYTES))
+            except OSError as error:
+                raise self._broken(error) from error
+            if not moved:
+                raise self._broken()
+            size_bytes -= moved
+            while moved:
+                moved -= os.splice(reader, fd, moved)
 
-    def _close_pipe(self) -> None:
-        for fd in self._pipe or ():
-            os.close(fd)
-        self._pipe = None
-
-    def _check(self) -> None:
-        if self._failed is not None:
-            raise self._failed
+    def discard(self, size_bytes: int) -> None:
+        if self._null < 0:
+            self._null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        self.splice_to(self._null, size_bytes)
 
     def _broken(self, error: OSError | None = None) -> PageStreamEnded:
         if error is None:
@@ -317,8 +264,7 @@ class _Stream:
             what = f"CRIU sent no pages for {self._idle_timeout_s:g} s"
         else:
             what = f"lost the page stream of CRIU: {error.strerror}"
-        self._failed = PageStreamEnded(what, hint="CRIU's log says why")
-        return self._failed
+        return PageStreamEnded(what, hint="CRIU's log says why")
 
 
 def page_socketpair() -> tuple[socket.socket, socket.socket]:
