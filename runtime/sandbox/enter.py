@@ -25,8 +25,9 @@ from runtime.linux import calls
 from runtime.sandbox import confine, init
 
 EXIT_DETACHED = 125
-# User first: it gives the rights that the others need. The mount namespace changes the root, so it comes last.
-NAMESPACE_ORDER = ("user", "cgroup", "ipc", "uts", "net", "pid", "time", "mnt")
+# User last: from outside root may enter all of them, while after a restore the cgroup namespace is owned by the first
+# user namespace and could not be entered from the container's own any more.
+NAMESPACE_ORDER = ("cgroup", "ipc", "uts", "net", "pid", "time", "mnt", "user")
 
 
 def enter_namespaces(pid: int) -> None:
