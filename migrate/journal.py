@@ -88,9 +88,7 @@ class Journal:
     """Appends to one move's journal. The file is made by the first ``append`` and stays open until ``close``."""
 
     def __init__(self, directory: Path, move_id: str, *, side: Side, epoch: int = 1) -> None:
-        self.path = directory / f"{move_id}.{side}.jsonl"
-        if not _FILE_NAME.fullmatch(self.path.name):
-            raise ProtocolViolation(f"{move_id!r} is no move id")
+        self.path = directory / _file_name(move_id, side)
         self._move_id = move_id
         self._side: Side = side
         self._epoch = epoch
@@ -169,9 +167,16 @@ def read_all(directory: Path) -> list[MoveJournal]:
 
 
 def read_one(directory: Path, move_id: str, side: Side) -> MoveJournal | None:
-    """The journal of one move, None when there is none."""
-    path = directory / f"{move_id}.{side}.jsonl"
-    return _read(path, move_id, side) if _FILE_NAME.fullmatch(path.name) and path.is_file() else None
+    """The journal of one move, None when there is none. Raises ProtocolViolation for what can be no move id."""
+    path = directory / _file_name(move_id, side)
+    return _read(path, move_id, side) if path.is_file() else None
+
+
+def _file_name(move_id: str, side: Side) -> str:
+    name = f"{move_id}.{side}.jsonl"
+    if not _FILE_NAME.fullmatch(name):
+        raise ProtocolViolation(f"{move_id!r} is no move id")
+    return name
 
 
 def _read(path: Path, move_id: str, side: Side) -> MoveJournal:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
 from migrate.errors import MigrateError, MoveRefused, NoCommonProtocol, PeerFailed, ProtocolViolation, describe
@@ -91,7 +90,6 @@ Lines = Annotated[tuple[str, ...], list_of(text(MAX_TEXT), 64)]
 FindingList = Annotated[tuple[Mapping[str, str], ...], list_of(Check(_read_finding, dict), 256)]
 Standing = Annotated[str, choice("held", "running", "refused", "committed")]
 
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 _CHECKS: dict[str, dict[str, Check]] = {}

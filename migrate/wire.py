@@ -65,15 +65,6 @@ def real(value: Any) -> float:
     return float(value)
 
 
-def blob(limit: int) -> Check:
-    def read(value: Any) -> bytes:
-        if not isinstance(value, bytes) or len(value) > limit:
-            raise Unfit(f"not at most {limit} bytes")
-        return value
-
-    return Check(read)
-
-
 def list_of(item: Check, limit: int = MAX_LIST) -> Check:
     def read(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, (list, tuple)) or len(value) > limit:
@@ -92,13 +83,6 @@ def map_of(item: Check, limit: int = 256) -> Check:
         return {names.read(name): item.read(entry) for name, entry in value.items()}
 
     return Check(read, lambda value: {name: item.write(entry) for name, entry in value.items()})
-
-
-def optional(item: Check) -> Check:
-    return Check(
-        lambda value: None if value is None else item.read(value),
-        lambda value: None if value is None else item.write(value),
-    )
 
 
 def choice(*words: str) -> Check:
