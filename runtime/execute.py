@@ -47,10 +47,11 @@ def execute(
     orders = _orders(containers, container.spec, container.state.init_pid, waiters, argv, env, cwd, user, detach)
     reader, writer = os.pipe()
     pipe = subprocess.DEVNULL if detach else subprocess.PIPE
+    # Without input a pipe that has ended: this host's /dev/null could not be dumped with the container.
     try:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", str(ENTER), str(reader)],
-            stdin=subprocess.PIPE if interactive and not detach else subprocess.DEVNULL,
+            stdin=pipe,
             stdout=pipe,
             stderr=pipe,
             pass_fds=(reader,),
@@ -58,6 +59,8 @@ def execute(
         )
     finally:
         os.close(reader)
+    if process.stdin is not None and not interactive:
+        process.stdin.close()
     with open(writer, "wb") as file:
         file.write(json.dumps(orders).encode())
     try:

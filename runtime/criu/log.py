@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from runtime.errors import CriuFailed
 
-_LINE = re.compile(r"^\((?P<time>\d+\.\d+)\)\s*(?:\d+:\s*)?(?P<text>Error \([^)]*\):.*)$")
+# At low log levels CRIU writes no time stamps.
+_LINE = re.compile(r"^(?:\(\d+\.\d+\)\s*)?(?:\d+:\s*)?(?P<text>Error \([^)]*\):.*)$")
 # Said on every host without CAP_SYS_RESOURCE, and harmless there.
 _HARMLESS = ("rlimit: Can't setup RLIMIT_NOFILE",)
 # What only says that something before it went wrong.
