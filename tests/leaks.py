@@ -24,6 +24,8 @@ NETNS_DIR = "/run/netns"
 OUR_CGROUP = re.compile(r"cmigrate")
 # The parent of all containers' cgroups stays, as it does on a host that once ran one.
 STANDING_CGROUP = "cmigrate"
+# The parent of all labs' cgroups; the last lab on the machine removes it.
+LABS = "cmigrate-lab"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,17 +140,35 @@ def links() -> dict[object, str]:
 def cgroups() -> dict[object, str]:
     """Directories of ours in every hierarchy; not those that hold only processes of others (they read as pid 0)."""
     found: dict[object, str] = {}
+    tops: dict[str, str] = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split()
-        if fields[fields.index("-") + 1] not in ("cgroup", "cgroup2"):
-            continue
-        top = fields[4]
+        kind = fields[fields.index("-") + 1]
+        if kind in ("cgroup", "cgroup2"):
+            tops[fields[4]] = kind
+    foreign_labs = {
+        name
+        for top, kind in tops.items()
+        if kind == "cgroup2"
+        for name in _labs(top)
+        if _held_by_others(f"{top}/{name}")
+    }
+    for top in tops:
         for directory, names, _ in os.walk(top):
             inside = os.path.relpath(directory, top)
-            if OUR_CGROUP.search(inside) and inside != STANDING_CGROUP and not _held_by_others(directory):
+            lab = "/".join(inside.split("/")[:2])
+            if inside in (STANDING_CGROUP, LABS) or lab in foreign_labs:
+                continue
+            if OUR_CGROUP.search(inside) and not _held_by_others(directory):
                 found[directory] = directory
             names.sort()
     return found
+
+
+def _labs(top: str) -> list[str]:
+    """A lab that is up outside of the sandbox has all its processes below one directory of the v2 tree."""
+    parent = os.path.join(top, LABS)
+    return [f"{LABS}/{name}" for name in os.listdir(parent)] if os.path.isdir(parent) else []
 
 
 def _held_by_others(directory: str) -> bool:
