@@ -45,6 +45,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}\.img")
 MAX_FILES = 1 << 18
 """More files than this are an attack: CRIU writes about five a task."""
 MAX_SPACES = 1 << 16
+"""Tasks and segments of shared memory; the kernel's default limit of pids is half of it."""
 MAX_BATCH_BYTES = 64 << 20
 """The most that one ``reserve`` gives."""
 
@@ -85,8 +86,9 @@ class ImageSetSummary:
 class ImageSetWriter:
     """Creates CRIU's image files in an existing directory, each once."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, max_files: int = MAX_FILES) -> None:
         self._directory = directory
+        self._max_files = max_files
         self._files = 0
 
     def write_file(self, name: str, content: bytes | bytearray | memoryview) -> None:
@@ -100,8 +102,8 @@ class ImageSetWriter:
         if not _NAME.fullmatch(name):
             raise CorruptData(f"{name[:200]!r} is not the name of an image file")
         self._files += 1
-        if self._files > MAX_FILES:
-            raise CorruptData(f"an image set of more than {MAX_FILES} files")
+        if self._files > self._max_files:
+            raise CorruptData(f"an image set of more than {self._max_files} files")
         with _no_room_named(self._directory), open(_create(self._directory / name), "wb") as file:
             yield file
 
@@ -125,8 +127,9 @@ class PageImageWriter:
     No file stays open between calls. After an error the directory is of no use.
     """
 
-    def __init__(self, directory: Path, criu_version: tuple[int, int, int]) -> None:
+    def __init__(self, directory: Path, criu_version: tuple[int, int, int], *, max_spaces: int = MAX_SPACES) -> None:
         self._directory = directory
+        self._max_spaces = max_spaces
         self._wide_count = criu_version >= _WIDE_COUNT_SINCE
         if self._wide_count and "nr_pages" not in pagemap_pb2.pagemap_entry.DESCRIPTOR.fields_by_name:
             raise MissingFeature(
@@ -142,7 +145,7 @@ class PageImageWriter:
             raise CorruptData(f"pages of {space} came after the end")
         if space in self._spaces:
             return
-        if len(self._spaces) >= MAX_SPACES or space.id >= (2**31 if space.kind == "task" else 2**56):
+        if len(self._spaces) >= self._max_spaces or space.id >= (2**31 if space.kind == "task" else 2**56):
             raise CorruptData(f"the images cannot hold {space}")
         number = len(self._spaces) + 1
         pages_path = self._directory / f"pages-{number}.img"
@@ -283,6 +286,9 @@ def _decode(message: Any, record: memoryview, path: Path) -> Any:
         found.ParseFromString(bytes(record))
     except DecodeError as error:
         raise CorruptData(f"{path.name} holds a record that cannot be decoded: {error}") from error
+    # Not every implementation of protobuf checks this when it parses.
+    if not found.IsInitialized():
+        raise CorruptData(f"{path.name} holds a record without a required field")
     return found
 
 

@@ -258,7 +258,7 @@ class _Stream:
         self.splice_to(self._null, size_bytes)
 
     def _broken(self, error: OSError | None = None) -> PageStreamEnded:
-        if error is None:
+        if error is None or isinstance(error, (BrokenPipeError, ConnectionResetError)):
             what = "CRIU closed the page stream before its end"
         elif isinstance(error, BlockingIOError):
             what = f"CRIU sent no pages for {self._idle_timeout_s:g} s"
