@@ -1,33 +1,39 @@
 """A container's network: one veth between its namespace and the host's bridge, address, routes, published ports.
 
 The container owns its namespace (docs/adr/0001); everything here is done from outside by netlink, given the pid of its
-first process. Rules are nftables tables of our own, one for the host and one for each container that publishes ports.
+first process. "The host" is the network namespace this runs in, which need not be the machine's first one.
+
+What must be quick is quick: ``attach`` is six netlink messages, ``connect`` and ``disconnect`` are one each. Whatever
+makes the kernel wait for all its processors (deleting links, closing packet sockets, nftables) happens outside.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import ipaddress
+import secrets
 import socket
 import struct
-import subprocess
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from runtime import nft
+from runtime.address import allocate_address, host_address, mac_for, subnet_of
 from runtime.api import NetworkSpec, PortMapping
-from runtime.errors import BadInput, NoRoom, ProgramFailed, RuntimeFault
+from runtime.errors import BadInput, KernelCallFailed, RuntimeFault
 from runtime.host import HostConfig
 from runtime.linux import calls
+from runtime.nft import run_nft
 
 LINK_INSIDE = "eth0"
-NFT_TIMEOUT_S = 10
+LOOPBACK_INDEX = 1  # in every network namespace
 # linux/if_ether.h, linux/if_arp.h
 ETH_P_ARP = 0x0806
 ARPOP_REQUEST = 1
@@ -47,104 +53,76 @@ def link_name(container_id: str) -> str:
     return f"cm{container_id}"
 
 
-def mac_for(address: str) -> str:
-    """Locally administered, made from the address: it moves with the container and meets no other."""
-    packed = ipaddress.ip_interface(address).ip.packed[-4:]
-    return ":".join(f"{byte:02x}" for byte in (0x02, 0x42, *packed))
-
-
-def allocate_address(host: HostConfig, container_id: str, used: Iterable[str], wanted: str = "") -> NetworkSpec:
-    """``wanted`` (with or without prefix length), or one made from the id: two hosts seldom choose alike.
-
-    ``used`` are addresses of containers known here. Raises BadInput for a wanted one that does not fit, NoRoom.
-    """
-    subnet = ipaddress.ip_network(host.subnet)
-    reserved = {ipaddress.ip_address(host.gateway), subnet.network_address, subnet.broadcast_address}
-    taken = reserved | {ipaddress.ip_interface(address).ip for address in used}
-    if wanted:
-        try:
-            chosen = ipaddress.ip_interface(wanted).ip
-        except ValueError as error:
-            raise BadInput(f"--ip {wanted}: {error}") from error
-        if chosen not in subnet:
-            raise BadInput(f"--ip {wanted} is not in {subnet}", hint="subnet is set in config.toml")
-        if chosen in taken:
-            raise BadInput(f"--ip {wanted} is taken")
-    else:
-        start = int.from_bytes(hashlib.sha256(container_id.encode()).digest()[:4], "big")
-        # The last 256 addresses stay free for hosts.
-        span = max(1, subnet.num_addresses - 256)
-        candidates = (subnet.network_address + (start + n) % span for n in range(span))
-        found = next((address for address in candidates if address not in taken), None)
-        if found is None:
-            raise NoRoom(f"no free address in {subnet}")
-        chosen = found
-    address = f"{chosen}/{subnet.prefixlen}"
-    return NetworkSpec(address=address, mac=mac_for(address), gateway=host.gateway)
-
-
 def ensure_bridge(host: HostConfig) -> None:
-    """The bridge with its address, forwarding, and masquerading towards the outside. Idempotent."""
-    own = host.bridge_address or f"{host.gateway}/{ipaddress.ip_network(host.subnet).prefixlen}"
-    with IPRoute() as netlink:
-        index = _index(netlink, host.bridge)
-        if index is None:
-            with _existing_is_fine():
-                netlink.link("add", ifname=host.bridge, kind="bridge")
-            index = _index(netlink, host.bridge)
-            if index is None:
-                raise RuntimeFault(f"bridge {host.bridge} could not be made")
-        with _existing_is_fine():
+    """The bridge with its address, forwarding, and masquerading towards the outside. Idempotent.
+
+    Ports that others gave the bridge (an uplink), and a MAC that it has already, stay as they are.
+    """
+    own = host.bridge_address or f"{host.gateway}/{subnet_of(host).prefixlen}"
+    with IPRoute() as netlink, _netlink_call(f"bridge {host.bridge}"):
+        if _index(host.bridge) is None:
+            with _tolerating(errno.EEXIST):
+                # A MAC of its own: else the bridge takes the lowest of its ports', which come and go with containers,
+                # and everybody who remembers the gateway's MAC would lose it.
+                netlink.link("add", ifname=host.bridge, kind="bridge", address=_random_mac(), br_forward_delay=0)
+        index = socket.if_nametoindex(host.bridge)
+        with _tolerating(errno.EEXIST):
             address, _, prefix = own.partition("/")
             netlink.addr("add", index=index, address=address, prefixlen=int(prefix))
         netlink.link("set", index=index, state="up")
-    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-    with contextlib.suppress(OSError):
-        # Published ports answer on loopback as well.
-        Path(f"/proc/sys/net/ipv4/conf/{host.bridge}/route_localnet").write_text("1")
-    run_nft(
-        "table ip cmigrate {}\nflush table ip cmigrate\n"
-        "table ip cmigrate {\nchain postrouting { type nat hook postrouting priority srcnat;"
-        f' ip saddr {host.subnet} ip daddr != {host.subnet} oifname != "{host.bridge}" masquerade; }}\n}}\n'
-    )
+    _set_sysctl("ipv4/ip_forward", "1")
+    _set_sysctl(f"ipv4/conf/{host.bridge}/route_localnet", "1")
+    chains = run_nft(nft.host_rules(bridge=host.bridge, subnet=host.subnet) + "list chains\n")
+    nft.allow_forwarding(host.bridge, chains)
 
 
-def run_nft(script: str) -> None:
-    """One transaction of the nft program. Raises ProgramFailed."""
+def _random_mac() -> str:
+    return ":".join(f"{byte:02x}" for byte in (0x02, 0x43, *secrets.token_bytes(4)))
+
+
+def _set_sysctl(name: str, value: str) -> None:
+    file = Path("/proc/sys/net", name)
     try:
-        done = subprocess.run(
-            ["nft", "-f", "-"],
-            input=script,
-            capture_output=True,
-            text=True,
-            timeout=NFT_TIMEOUT_S,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ProgramFailed(f"nft: {error}", hint="install nftables") from error
-    if done.returncode:
-        raise ProgramFailed(f"nft: {done.stderr.strip()}", hint="is nf_tables there? cmigrate doctor tells")
+        if file.read_text().strip() != value:
+            file.write_text(value)
+    except OSError as error:
+        raise KernelCallFailed(
+            "write", f"{value} to {file}", error.errno or 0, hint="is /proc/sys read-only?"
+        ) from error
 
 
 @contextlib.contextmanager
-def _existing_is_fine() -> Any:
+def _netlink_call(target: str) -> Iterator[None]:
+    """What the kernel refuses inside is raised as KernelCallFailed."""
     try:
         yield
     except NetlinkError as error:
-        if error.code != errno.EEXIST:
+        raise KernelCallFailed("netlink", target, error.code) from error
+    except OSError as error:
+        raise KernelCallFailed("netlink", target, error.errno or 0) from error
+
+
+@contextlib.contextmanager
+def _tolerating(*codes: int) -> Iterator[None]:
+    try:
+        yield
+    except NetlinkError as error:
+        if error.code not in codes:
             raise
 
 
-def _index(netlink: IPRoute, name: str) -> int | None:
-    found = netlink.link_lookup(ifname=name)
-    return int(found[0]) if found else None
+def _index(name: str) -> int | None:
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return None
 
 
 def in_network_namespace(pid: int, action: Callable[[], T]) -> T:
     """Run ``action`` in the network namespace of ``pid``, in a thread of its own that ends afterwards.
 
     A network namespace can be entered by one thread of many (setns(2)), unlike a user or mount namespace.
+    Raises OSError when the process is gone, and whatever ``action`` raises.
     """
     result: list[T] = []
     failure: list[BaseException] = []
@@ -165,16 +143,27 @@ def in_network_namespace(pid: int, action: Callable[[], T]) -> T:
     return result[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinkStatistics:
+    """Since the container came to this host, as the container sees it."""
+
+    received_bytes: int
+    sent_bytes: int
+    received_packets: int
+    sent_packets: int
+    dropped_packets: int
+
+
 class ContainerNetwork:
     """The network of one container, as the host sees it. Keeps a netlink socket: use as context manager or close."""
 
     def __init__(self, host: HostConfig, container_id: str) -> None:
         self._host = host
-        self._id = container_id
         self._name = link_name(container_id)
-        self._table = f"cmigrate-{container_id}"
+        self._table = nft.container_table(container_id)
         self._netlink: IPRoute | None = None
         self._inside: socket.socket | None = None
+        self._announcement = b""
         self._link_index: int | None = None
         self._bridge_index: int | None = None
 
@@ -198,87 +187,111 @@ class ContainerNetwork:
         return self._netlink
 
     def attach(self, init_pid: int, network: NetworkSpec, *, connect: bool = True) -> None:
-        """Give the namespace of ``init_pid`` its link, address and routes; ``connect`` joins the bridge as well."""
-        netlink = self._socket()
-        self._network = network
-        peer = {"ifname": LINK_INSIDE, "net_ns_pid": init_pid, "address": network.mac}
-        netlink.link("add", ifname=self._name, kind="veth", peer=peer)
+        """Give the namespace of ``init_pid`` its link, address and routes; ``connect`` joins the bridge as well.
+
+        Raises KernelCallFailed, and BadInput for an address that is none; nothing is left on the host then.
+        """
+        self._announcement = gratuitous_arp(network)
         self.look_up()
-        netlink.link("set", index=self._link_index, state="up")
-        self._inside = in_network_namespace(init_pid, lambda: _configure_inside(network))
-        if connect:
-            self.connect()
+        try:
+            with _netlink_call(f"link {self._name}"):
+                self._add_veth(init_pid, network)
+                self._inside = in_network_namespace(init_pid, lambda: _configure_inside(network))
+            if connect:
+                self.connect()
+        except BaseException:
+            self._delete_link()
+            raise
+
+    def _add_veth(self, init_pid: int, network: NetworkSpec) -> None:
+        # Made where it belongs: moving a link from one namespace to another takes the kernel ten times as long.
+        peer = {"ifname": LINK_INSIDE, "net_ns_pid": init_pid, "address": network.mac}
+        orders = {"ifname": self._name, "kind": "veth", "state": "up", "peer": peer}
+        try:
+            self._socket().link("add", **orders)
+        except NetlinkError as error:
+            if error.code != errno.EEXIST:
+                raise
+            self._delete_link()  # of a container that ended while nobody looked
+            self._socket().link("add", **orders)
+        self._link_index = _index(self._name)
 
     def look_up(self) -> None:
-        """Find link and bridge now, so that ``connect`` and ``disconnect`` are one message each."""
-        self._link_index = _index(self._socket(), self._name)
-        self._bridge_index = _index(self._socket(), self._host.bridge)
+        """Open the socket and find link and bridge now, so that ``connect`` and ``disconnect`` are one message each."""
+        self._socket()
+        self._link_index = _index(self._name)
+        self._bridge_index = _index(self._host.bridge)
+
+    def open_inside(self, init_pid: int, network: NetworkSpec) -> None:
+        """For a container that runs already: get ready to ``announce`` its address."""
+        self._announcement = gratuitous_arp(network)
+        with _netlink_call(f"namespace of {init_pid}"):
+            self._inside = in_network_namespace(init_pid, _packet_socket)
 
     def connect(self) -> None:
         """The container's frames reach the bridge from here on."""
         if self._link_index is None or self._bridge_index is None:
             self.look_up()
-        if self._link_index is None:
-            raise RuntimeFault(f"link {self._name} is gone", hint="was it deleted by hand?")
-        self._socket().link("set", index=self._link_index, master=self._bridge_index)
+        for name, index in ((self._name, self._link_index), (self._host.bridge, self._bridge_index)):
+            if index is None:
+                raise RuntimeFault(f"link {name} is gone", hint="was it deleted by hand?")
+        with _netlink_call(f"link {self._name}, port of {self._host.bridge}"):
+            self._socket().link("set", index=self._link_index, master=self._bridge_index)
 
     def disconnect(self) -> None:
         """No frame goes in or out. Nothing happens for a container without a link."""
         if self._link_index is None:
             self.look_up()
         if self._link_index is not None:
-            self._socket().link("set", index=self._link_index, master=0)
+            with _netlink_call(f"link {self._name}"):
+                self._socket().link("set", index=self._link_index, master=0)
 
     def announce(self, times: int = 3) -> None:
         """Gratuitous ARP from inside the container's namespace: every bridge on the way learns where the MAC is."""
         if self._inside is not None:
-            frame = gratuitous_arp(self._network)
-            for _ in range(times):
-                self._inside.send(frame)
+            with _netlink_call(f"announcement by {LINK_INSIDE}"):
+                for _ in range(times):
+                    self._inside.sendto(self._announcement, (LINK_INSIDE, ETH_P_ARP))
 
     def publish(self, ports: Sequence[PortMapping], network: NetworkSpec) -> None:
-        """Lead host ports to the container, from other hosts and from this one."""
-        if not ports:
-            return
-        target = network.address.partition("/")[0]
-        rules = [
-            f"{'' if p.host_address == '0.0.0.0' else f'ip daddr {p.host_address} '}"
-            f"{p.protocol} dport {p.host_port} dnat to {target}:{p.container_port}"
-            for p in ports
-        ]
-        lines = "; ".join(f"fib daddr type local {rule}" for rule in rules)
-        run_nft(
-            f"table ip {self._table} {{}}\nflush table ip {self._table}\ntable ip {self._table} {{\n"
-            f" chain prerouting {{ type nat hook prerouting priority dstnat; {lines}; }}\n"
-            f" chain output {{ type nat hook output priority -100; {lines}; }}\n"
-            " chain postrouting { type nat hook postrouting priority srcnat;"
-            f" ip saddr 127.0.0.0/8 ip daddr {target} masquerade;"
-            f" ip saddr {target} ip daddr {target} masquerade; }}\n}}\n"
-        )
+        """Lead host ports to the container, from other hosts and from this one. Raises BadInput, ProgramFailed."""
+        if ports:
+            subnet = str(subnet_of(self._host))
+            run_nft(nft.published_rules(self._table, ports, address=host_address(network), subnet=subnet))
 
     def unpublish(self) -> None:
-        # "add" first makes the delete succeed whether or not the table was there.
-        run_nft(f"add table ip {self._table}\ndelete table ip {self._table}\n")
+        run_nft(nft.remove_table(self._table))
 
     def detach(self) -> None:
         """Remove link and rules. Idempotent; the namespace itself goes with the container's last process."""
-        netlink = self._socket()
-        index = _index(netlink, self._name)
-        if index is not None:
-            try:
-                netlink.link("del", index=index)
-            except NetlinkError as error:
-                if error.code != errno.ENODEV:
-                    raise
-        self._link_index = None
-        if self._has_rules():
+        with _netlink_call(f"link {self._name}"):
+            self._delete_link()
+        if self._table in nft.tables():
             self.unpublish()
 
-    def _has_rules(self) -> bool:
-        done = subprocess.run(
-            ["nft", "list", "tables", "ip"], capture_output=True, text=True, timeout=NFT_TIMEOUT_S, check=False
+    def _delete_link(self) -> None:
+        index = _index(self._name)
+        if index is not None:
+            with _tolerating(errno.ENODEV):
+                self._socket().link("del", index=index)
+        self._link_index = None
+
+    def statistics(self) -> LinkStatistics | None:
+        """None for a container without a link."""
+        index = _index(self._name)
+        if index is None:
+            return None
+        with _netlink_call(f"link {self._name}"):
+            (link,) = self._socket().link("get", index=index)
+        # What the host's side receives is what the container sent.
+        counts = link.get("stats64")
+        return LinkStatistics(
+            received_bytes=int(counts["tx_bytes"]),
+            sent_bytes=int(counts["rx_bytes"]),
+            received_packets=int(counts["tx_packets"]),
+            sent_packets=int(counts["rx_packets"]),
+            dropped_packets=int(counts["tx_dropped"] + counts["rx_dropped"]),
         )
-        return f"table ip {self._table}" in done.stdout.splitlines()
 
 
 def _configure_inside(network: NetworkSpec) -> socket.socket:
@@ -286,25 +299,43 @@ def _configure_inside(network: NetworkSpec) -> socket.socket:
     for name, value in SYSCTLS.items():
         with contextlib.suppress(FileNotFoundError):
             Path("/proc/sys/net", name).write_text(value)
-    address, _, prefix = network.address.partition("/")
+    address = ipaddress.IPv4Interface(network.address)
     with IPRoute() as netlink:
-        netlink.link("set", index=1, state="up")
-        index = _index(netlink, LINK_INSIDE)
-        netlink.addr("add", index=index, address=address, prefixlen=int(prefix))
+        netlink.link("set", index=LOOPBACK_INDEX, state="up")
+        index = socket.if_nametoindex(LINK_INSIDE)
+        netlink.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
         netlink.link("set", index=index, state="up")
         netlink.route("add", dst="default", gateway=network.gateway)
-    packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.htons(ETH_P_ARP))
-    packets.bind((LINK_INSIDE, 0))
-    return packets
+    return _packet_socket()
+
+
+def _packet_socket() -> socket.socket:
+    # Of protocol 0 and not bound: it receives nothing, and binding it would take the kernel 10 ms (synchronize_net).
+    return socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
 
 
 def gratuitous_arp(network: NetworkSpec) -> bytes:
-    """An ARP announcement (RFC 5227, section 3): sender and target address are the container's."""
-    mac = bytes.fromhex(network.mac.replace(":", ""))
-    address = ipaddress.ip_interface(network.address).ip.packed
+    """An ARP announcement (RFC 5227, section 3): sender and target address are the container's. Raises BadInput."""
+    address = ipaddress.IPv4Address(host_address(network)).packed
+    try:
+        mac = bytes.fromhex(network.mac.replace(":", ""))
+        ipaddress.IPv4Address(network.gateway)
+    except ValueError as error:
+        raise BadInput(f"network of the container: {error}") from error
+    if len(mac) != 6:
+        raise BadInput(f"{network.mac!r} is no MAC address")
     ethernet = b"\xff" * 6 + mac + struct.pack("!H", ETH_P_ARP)
     arp = struct.pack("!HHBBH", 1, 0x0800, 6, 4, ARPOP_REQUEST) + mac + address + b"\0" * 6 + address
     return ethernet + arp
 
 
-__all__ = ["ContainerNetwork", "allocate_address", "ensure_bridge", "in_network_namespace", "link_name"]
+__all__ = [
+    "ContainerNetwork",
+    "LinkStatistics",
+    "allocate_address",
+    "ensure_bridge",
+    "in_network_namespace",
+    "link_name",
+    "mac_for",
+    "run_nft",
+]
