@@ -186,7 +186,7 @@ class _LiveDisplay:
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
 
-        self._console: Console = Console(file=stream)
+        self._console: Console = Console(file=stream, highlight=False, markup=False)
         self._live: Live | None = None
         self._done: list[tuple[str, float]] = []
         self._phase = ""

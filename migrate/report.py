@@ -113,7 +113,7 @@ def report_from_json(data: Mapping[str, Any]) -> MoveReport:
     try:
         if data["schema"] != REPORT_SCHEMA:
             raise CorruptData(f"report has schema {data['schema']!r}, this version knows {REPORT_SCHEMA}")
-        fields = _known(MoveReport, data)
+        fields = _known(MoveReport, dict(data))
         fields["outcome"] = Outcome(fields["outcome"])
         fields["sent_bytes"] = SentBytes(**_known(SentBytes, fields["sent_bytes"]))
         fields["versions"] = Versions(**_known(Versions, fields["versions"]))
@@ -130,5 +130,7 @@ def report_from_json(data: Mapping[str, Any]) -> MoveReport:
         raise CorruptData(f"report does not fit: {error!r}") from error
 
 
-def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+def _known(kind: Any, data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise CorruptData(f"report: {kind.__name__} is no map")
     return {name: data[name] for name in kind.__dataclass_fields__ if name in data}

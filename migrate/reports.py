@@ -8,6 +8,8 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 from migrate.errors import UnknownReport
 from migrate.report import MoveReport, report_from_json
@@ -15,6 +17,17 @@ from runtime.errors import BadInput, CorruptData, NoRoom
 from runtime.host import HostConfig
 
 _ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+
+
+@contextlib.contextmanager
+def full_disk_is_no_room(path: Path) -> Iterator[None]:
+    """An OSError that says there is no room becomes NoRoom, which names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoRoom(f"{path}: the disk is full", hint="make room in the state directory") from error
+        raise
 
 
 class ReportStore:
@@ -27,26 +40,25 @@ class ReportStore:
         """Keep a report, durably and whole or not at all; one of the same id is replaced. Raises NoRoom."""
         if not _ID.fullmatch(report.id):
             raise BadInput(f"{report.id!r} is no report id")
-        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         text = json.dumps(report.to_json(), indent=2) + "\n"
-        fd, name = tempfile.mkstemp(prefix=".new-", dir=self._directory)
-        try:
-            with open(fd, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, self._directory / f"{report.id}.json")
-        except BaseException as error:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NoRoom(f"{self._directory}: the disk is full", hint="make room in the state directory") from error
-            raise
-        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        with full_disk_is_no_room(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            fd, name = tempfile.mkstemp(prefix=".new-", dir=self._directory)
+            try:
+                with open(fd, "w") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(name, self._directory / f"{report.id}.json")
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+                raise
+            directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
 
     def list(self, *, limit: int | None = None) -> tuple[list[MoveReport], list[str]]:
         """Reports newest first, and a warning for each file that can not be read."""
