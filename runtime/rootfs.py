@@ -43,7 +43,10 @@ def _hide_host_files(upper: Path) -> None:
     for name in HIDDEN_DEEP:
         source = Path("/") / name
         if source.is_dir():
-            _make_opaque(upper / name, source.stat().st_mode & 0o7777)
+            status = source.stat()
+            _make_opaque(upper / name, status.st_mode & 0o7777)
+            # Their services run as users of their own and write here.
+            os.chown(upper / name, status.st_uid, status.st_gid)
             _copy_directories(source, upper / name)
 
 
