@@ -150,7 +150,7 @@ class Demo:
             "host1", "run", "-d", "--name", NAME, "--rootfs", "host", "-w", "/var/lib/redis", "--memory", "512m", "--",
             "redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--appendonly", "no",
         )  # fmt: skip
-        inspected = json.loads(self.cmigrate("host1", "inspect", NAME).splitlines()[-1])
+        inspected = json.loads(self.cmigrate("host1", "inspect", NAME))
         address = str(inspected["spec"]["network"]["address"]).partition("/")[0]
         say(f"{NAME} runs on host1 with address {address}: filling Redis with {self._memory_mib} MiB")
         self._client = self._talk_to("scripts.demo_client", address, str(self._memory_mib))

@@ -2,13 +2,14 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-# Kept on purpose: reports and journals of moves, what a first start makes once, locks.
-KEPT = re.compile(r"/(reports|journal|identity|hosts|features?)\b|(^|/)\.?[\w-]*lock$|\.sock$|kdat|\.json$")
+# What stays on a host that once ran a container: directories of containers, moves and reports, the masquerading table.
+STANDING = ("containers", "moves", "reports", "journal", "criu-features.json")
+LOCKS = (".lock",)
+STANDING_TABLE = "table ip cmigrate"
 
 
 def processes() -> list[str]:
@@ -44,14 +45,15 @@ def cgroups(parent: str) -> list[str]:
 
 
 def files(*tops: str) -> list[str]:
-    """Directories to the third level: a container's or a move's shows, its content need not."""
+    """What lies in a top directory, and what lies in the standing ones there, but for the reports and journals."""
     found = []
-    for top in tops:
-        for directory, names, _files in os.walk(top):
-            found.append(directory)
-            if directory[len(top) :].count("/") >= 2:
-                names.clear()
-    return [path for path in found if not KEPT.search(path)]
+    for top in map(Path, tops):
+        for entry in top.iterdir() if top.exists() else ():
+            if entry.name not in STANDING:
+                found.append(str(entry))
+            elif entry.name not in ("reports", "journal"):
+                found += [str(inner) for inner in entry.iterdir() if inner.name not in LOCKS] if entry.is_dir() else []
+    return found
 
 
 def run(*argv: str) -> list[str]:
@@ -66,7 +68,7 @@ def main() -> None:
         "mount": mounts(),
         "cgroup": cgroups(parent),
         "link": [line.split(":")[1].strip().split("@")[0] for line in run("ip", "-o", "link")],
-        "nft": run("nft", "list", "tables"),
+        "nft": [line for line in run("nft", "list", "tables") if line != STANDING_TABLE],
         "directory": files(state_dir, run_dir),
     }
     print(json.dumps(picture))

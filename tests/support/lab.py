@@ -1,5 +1,6 @@
 """Two lab hosts and a client on this machine, brought up once for all tests that move containers."""
 
+import contextlib
 import json
 import os
 import signal
@@ -137,8 +138,9 @@ class TwoHosts:
         except BaseException as error:
             logs = self.cmigrate(host, "logs", name, check=False)
             error.add_note(f"the container's log:\n{logs.stdout}{logs.stderr}")
-            service.close()
             running.remove()
+            with contextlib.suppress(AttributeError):  # it may not have opened what it would close
+                service.close()
             raise
         return running
 

@@ -123,21 +123,22 @@ class Redis:
         options = "--bind 0.0.0.0 --protected-mode no --save '' --appendonly yes --appendfsync everysec"
         return ("redis-server", *shlex.split(options))
 
-    def open(self, place: Place) -> None:
-        self._client = place.client.run(
-            lambda: until_ready(
-                lambda: redis.Redis(
-                    host=place.address, socket_timeout=ANSWER_TIMEOUT_S, single_connection_client=True, retry=NO_RETRY
-                )
+    def _connect(self, place: Place) -> None:
+        def connect() -> redis.Redis:
+            client = redis.Redis(
+                host=place.address, socket_timeout=ANSWER_TIMEOUT_S, single_connection_client=True, retry=NO_RETRY
             )
-        )
+            client.ping()  # it connects at the first command
+            return client
+
+        self._client = place.client.run(lambda: until_ready(connect))
         self._id = self._client.client_id()
+
+    def open(self, place: Place) -> None:
+        self._connect(place)
         chance = random.Random(1)
         self._content = {f"key:{n}": chance.randbytes(100) for n in range(self.keys)}
-        with self._client.pipeline(transaction=False) as pipeline:
-            for key, value in self._content.items():
-                pipeline.set(key, value)
-            pipeline.execute()
+        self._client.mset(self._content)
         self._counter = 0
 
     def check(self) -> None:
@@ -151,11 +152,7 @@ class Redis:
     def check_after_restart(self, place: Place) -> None:
         """What it wrote to its append-only file, before, during and after moves, is enough to come back."""
         self.close()
-        self._client = place.client.run(
-            lambda: until_ready(lambda: redis.Redis(host=place.address, single_connection_client=True, retry=NO_RETRY))
-        )
-        self._id = self._client.client_id()
-        until_ready(self._client.ping)
+        self._connect(place)
         self.check()
 
     def close(self) -> None:
