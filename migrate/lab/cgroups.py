@@ -75,24 +75,23 @@ class LabCgroup:
         """What config.toml calls cgroup_parent."""
         return f"{self._path}/{host}/containers"
 
-    def kill(self, timeout_s: float) -> None:
-        """Every process in the tree, frozen ones too. Raises Busy when some do not go."""
-        limit_s = time.monotonic() + timeout_s
-        while self._populated():
-            remaining_s = limit_s - time.monotonic()
-            if remaining_s <= 0:
-                raise Busy(f"processes of the lab do not end: {self._pids()}", hint="see what they hang in: dmesg")
-            self._kill_once()
-            self._wait_for_change(min(remaining_s, 0.5))
+    def destroy(self, timeout_s: float) -> bool:
+        """Kill every process in the tree, frozen ones too, and remove its directories in every hierarchy.
 
-    def remove(self, timeout_s: float) -> bool:
-        """The tree's directories in every hierarchy; whether no other lab is left. Raises Busy."""
+        Returns whether no other lab is left. Raises Busy when something does not go.
+        """
         limit_s = time.monotonic() + timeout_s
-        # A killed process leaves its groups of version 1 a moment later.
-        while left := [top for top in self._all() if not _remove_tree(top / self._path)]:
+        self._kill_once()
+        while not self._removed():
             if time.monotonic() > limit_s:
-                raise Busy(f"cgroup {left[0] / self._path} cannot be removed", hint="which processes are in it?")
-            time.sleep(POLL_S)
+                raise Busy(
+                    f"what is in cgroup {self.root} does not end: processes {self._pids()}",
+                    hint="see what they hang in: dmesg, /proc/PID/stack",
+                )
+            # Again and again: who is on its way in when the others are killed arrives after that, and a killed process
+            # leaves its groups of version 1 a moment later.
+            self._kill_once()
+            self._wait_until_empty(POLL_S)
         for top in self._all():
             with contextlib.suppress(OSError):
                 (top / CGROUP_ROOT).rmdir()
@@ -101,17 +100,15 @@ class LabCgroup:
     def _all(self) -> tuple[Path, ...]:
         return (self._hierarchies.unified, *self._hierarchies.others)
 
-    def _populated(self) -> bool:
-        try:
-            return "populated 1" in (self.root / "cgroup.events").read_text()
-        except FileNotFoundError:
-            return False
+    def _removed(self) -> bool:
+        gone = [_remove_tree(top / self._path) for top in self._all()]
+        return all(gone)
 
     def _kill_once(self) -> None:
-        # cgroup.kill is in Linux 5.14; before that a fork could outrun us, so the caller repeats.
+        # cgroup.kill is in Linux 5.14; before that a fork could outrun us, which the caller's loop makes up for.
         try:
             (self.root / "cgroup.kill").write_text("1")
-        except FileNotFoundError:
+        except OSError:
             for pid in self._pids():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -123,17 +120,18 @@ class LabCgroup:
                 found += [int(line) for line in file.read_text().split()]
         return found
 
-    def _wait_for_change(self, timeout_s: float) -> None:
+    def _wait_until_empty(self, timeout_s: float) -> None:
         """cgroup.events is readable by POLLPRI when it has changed since it was read (cgroup-v2.rst)."""
         try:
             with open(self.root / "cgroup.events") as events:
-                if "populated 1" not in events.read():
+                if "populated 1" in events.read():
+                    poll = select.poll()
+                    poll.register(events, select.POLLPRI)
+                    poll.poll(timeout_s * 1000)
                     return
-                poll = select.poll()
-                poll.register(events, select.POLLPRI)
-                poll.poll(timeout_s * 1000)
-        except FileNotFoundError:
-            return
+        except OSError:
+            pass
+        time.sleep(timeout_s)
 
 
 def _remove_tree(top: Path) -> bool:

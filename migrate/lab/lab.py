@@ -313,9 +313,8 @@ class Lab:
         cgroup = self._cgroup()
         if not record.exists() and not cgroup.exists():
             return False
-        cgroup.kill(KILL_TIMEOUT_S)
         with _between_labs():
-            if cgroup.remove(KILL_TIMEOUT_S):
+            if cgroup.destroy(KILL_TIMEOUT_S):
                 for place in (CONFIG_DIR, STATE_DIR):
                     remove_mount_point(place)
         for entry in self.directory.iterdir():
