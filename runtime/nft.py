@@ -98,7 +98,7 @@ def published_rules(table: str, ports: Sequence[PortMapping], *, address: str, s
         *rules,
         "}",
         "chain output {",
-        " type nat hook output priority dstnat;",
+        " type nat hook output priority -100;",
         *rules,
         "}",
         "chain postrouting {",
