@@ -74,13 +74,12 @@ def read_facts(containers: Containers, container: Container, *, walk_budget_s: f
     state = container.state
     if state.status not in (Status.RUNNING, Status.PAUSED):
         return ContainerFacts(status=state.status)
-    pids, sessions = member_pids(containers, container.id)
+    pids, waiters = member_pids(containers, container.id)
     processes = [view for pid in pids if (view := look_at(pid)) is not None]
     mounts = _mounts(processes, state.init_pid)
     own_mounts = mounts.get(_link(f"/proc/{state.init_pid}/ns/mnt"), [])
-    obstacles = find_obstacles(
-        processes, state.init_pid, {name: {m.id for m in found} for name, found in mounts.items()}
-    )
+    mount_ids = {name: {mount.id for mount in found} for name, found in mounts.items()}
+    obstacles = find_obstacles(processes, state.init_pid, mount_ids, waiters)
     obstacles += _unix_obstacles(processes, state.init_pid)
     upper = containers.store.directory(container.id) / "upper"
     files = lower_files(processes, upper, own_mounts)
@@ -101,21 +100,21 @@ def read_facts(containers: Containers, container: Container, *, walk_budget_s: f
         followers=tuple(view.label for view in processes if _follows_a_file(view)),
         other_users=tuple(view.label for view in processes if view.status.uid),
         uses_ipv6=any(d.protocol.endswith("v6") for view in processes for d in view.descriptors),
-        exec_sessions=sessions,
+        exec_sessions=len(waiters),
     )
 
 
-def member_pids(containers: Containers, container_id: str) -> tuple[list[int], int]:
-    """The container's processes, and how many helpers of ``cmigrate exec`` were left out of them.
+def member_pids(containers: Containers, container_id: str) -> tuple[list[int], set[int]]:
+    """The container's processes, and the waiters of ``cmigrate exec``, which are left out of them.
 
-    A helper waits outside for its program and is ended before a dump (criu/dump.py), with the process that started it.
+    A waiter is ended before a dump (criu/dump.py), with the process outside that started it.
     """
     members = containers.cgroup(container_id).pids()
     directory = containers.run_dir(container_id) / "waiters"
     names = os.listdir(directory) if directory.exists() else []
     waiters = {int(name) for name in names if name.isdigit()} & set(members)
     helpers = waiters | {parent for pid in waiters if (parent := _parent(pid)) in members}
-    return [pid for pid in members if pid not in helpers], len(waiters)
+    return [pid for pid in members if pid not in helpers], waiters
 
 
 def _parent(pid: int) -> int:

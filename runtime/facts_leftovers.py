@@ -32,10 +32,11 @@ def find_leftovers(containers: Containers) -> list[Leftover]:
     """Links, tables, cgroups, run directories and move directories that belong to nothing alive."""
     live = _live_ids(containers)
     found = dead_links([name for _index, name in socket.if_nameindex()], live)
-    found += dead_tables(_nft_tables(), live)
     # A dump that is under way locks the network for good reason.
-    running = [] if _criu_works() else containers.list(all_states=False)
-    for container in running:
+    locks_are_dead = not _criu_works()
+    tables = [table for table in _nft_tables() if locks_are_dead or not is_criu_table(table)]
+    found += dead_tables(tables, live)
+    for container in containers.list(all_states=False) if locks_are_dead else ():
         with contextlib.suppress(OSError):
             inside = in_network_namespace(container.state.init_pid, _nft_tables)
             found += [

@@ -50,12 +50,19 @@ class Obstacle:
 
 
 def find_obstacles(
-    processes: Sequence[ProcessView], init_pid: int, mounts: Mapping[str, Collection[int]]
+    processes: Sequence[ProcessView],
+    init_pid: int,
+    mounts: Mapping[str, Collection[int]],
+    waiters: Collection[int] = (),
 ) -> list[Obstacle]:
-    """All but unix sockets, in the processes' order. ``mounts`` are the mount ids of each mount namespace in it."""
+    """All but unix sockets, in the processes' order.
+
+    ``mounts`` are the mount ids of each mount namespace in it. Children of ``waiters`` count as init's own, which they
+    become before a dump (criu/dump.py).
+    """
     init = next((process for process in processes if process.host_pid == init_pid), None)
     found: list[Obstacle] = []
-    inside = _descendants(processes, init_pid)
+    inside = _descendants(processes, {init_pid, *waiters})
     for process in processes:
         if process.host_pid not in inside:
             found.append(
@@ -69,8 +76,8 @@ def find_obstacles(
     return list(dict.fromkeys(found))
 
 
-def _descendants(processes: Sequence[ProcessView], init_pid: int) -> set[int]:
-    inside = {init_pid}
+def _descendants(processes: Sequence[ProcessView], roots: set[int]) -> set[int]:
+    inside = set(roots)
     grown = True
     while grown:
         more = {p.host_pid for p in processes if p.status.parent_pid in inside} - inside
