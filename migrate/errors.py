@@ -17,10 +17,12 @@ docs/exit-codes.md for people.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 from runtime import errors as runtime_errors
@@ -217,6 +219,18 @@ def describe(error: BaseException) -> ErrorText:
         log_lines=tuple(str(line) for line in getattr(error, "log_lines", ())),
         blockers=tuple(getattr(error, "blockers", ())),
     )
+
+
+@contextlib.contextmanager
+def full_disk_is_no_room(path: Path) -> Iterator[None]:
+    """An OSError that says there is no room becomes NoRoom, which names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "make room in the state directory"
+            raise runtime_errors.NoRoom(f"{path}: the disk is full", hint=hint) from error
+        raise
 
 
 def _classify(error: BaseException) -> tuple[str, ExitCode]:

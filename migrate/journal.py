@@ -9,19 +9,18 @@ there, which halves the time of a sync and can not fail for want of room between
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from migrate.errors import ProtocolViolation
-from runtime.errors import CorruptData, NoRoom
+from migrate.errors import ProtocolViolation, full_disk_is_no_room
+from runtime.errors import CorruptData
 
 Side = Literal["source", "target"]
 _FILE_NAME = re.compile(r"(?P<move_id>[a-zA-Z0-9_-]{1,64})\.(?P<side>source|target)\.jsonl")
@@ -106,7 +105,7 @@ class Journal:
         if self._fd >= 0:
             return
         directory = self.path.parent
-        with _full_disk_is_no_room(self.path):
+        with full_disk_is_no_room(self.path):
             if not directory.exists():
                 directory.mkdir(parents=True, mode=0o700)
                 _sync_directory(directory.parent)
@@ -133,7 +132,7 @@ class Journal:
             details=dict(details or {}),
         )
         line = json.dumps(record.to_json(), separators=(",", ":")).encode() + b"\n"
-        with _full_disk_is_no_room(self.path):
+        with full_disk_is_no_room(self.path):
             try:
                 if os.pwrite(self._fd, line, self._end) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -207,16 +206,6 @@ def _make_room(fd: int) -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(fd)
     return end
-
-
-@contextlib.contextmanager
-def _full_disk_is_no_room(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoRoom(f"{path}: the disk is full", hint="make room in the state directory") from error
-        raise
 
 
 def _sync_directory(directory: Path) -> None:

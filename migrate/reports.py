@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
-from migrate.errors import UnknownReport
+from migrate.errors import UnknownReport, full_disk_is_no_room
 from migrate.report import MoveReport, report_from_json
-from runtime.errors import BadInput, CorruptData, NoRoom
+from runtime.errors import BadInput, CorruptData
 from runtime.host import HostConfig
 
 _ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-
-
-@contextlib.contextmanager
-def full_disk_is_no_room(path: Path) -> Iterator[None]:
-    """An OSError that says there is no room becomes NoRoom, which names ``path``."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoRoom(f"{path}: the disk is full", hint="make room in the state directory") from error
-        raise
 
 
 class ReportStore:

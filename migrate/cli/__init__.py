@@ -39,13 +39,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("migrate.cli.doctor:doctor_command", "Check what this host can do, and what it lacks."),
     "host": (
         "migrate.cli.host:host_group",
-        "Hosts that this one can move containers to, and that may move containers here.",
+        "Hosts that this one can move containers to.",
     ),
     "serve": (
         "migrate.cli.serve:serve_command",
-        "Run this host's agent: answer hosts that were added with `cmigrate host add`.",
+        "Run this host's agent.",
     ),
-    "lab": ("migrate.cli.lab:lab_group", "Several hosts on this machine, to try moves and to test them."),
+    "lab": ("migrate.cli.lab:lab_group", "Several hosts on this machine."),
 }
 
 # Their arguments belong to another program: a --json there is not ours.

@@ -14,7 +14,7 @@ import click
 
 from runtime.api import NAME_PATTERN, Limits, PortMapping, RestartPolicy, VolumeMount
 
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[bkmgt]?)(?:i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(?P<number>\d{1,15}(?:\.\d+)?)\s*(?P<unit>[bkmgt]?)(?:i?b)?", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _DURATION = re.compile(
     r"(?:(?P<days>\d+)d)?(?:(?P<hours>\d+)h)?(?:(?P<minutes>\d+)m)?(?:(?P<seconds>\d+(?:\.\d+)?)s?)?"
@@ -185,17 +185,15 @@ def parse_since(text: str | None, now: datetime.datetime) -> str | None:
     if text is None:
         return None
     match = _DURATION.fullmatch(text)
-    if match and text:
-        parts = {name: float(value) for name, value in match.groupdict().items() if value}
-        moment = now - datetime.timedelta(**parts)
-    else:
-        try:
-            moment = datetime.datetime.fromisoformat(text)
-        except ValueError:
-            raise click.UsageError(
-                f"--since {text!r}: a time as 2026-01-31T12:00:00Z, or how long ago as 10m"
-            ) from None
-        moment = moment.astimezone(datetime.UTC)
+    try:
+        if match and text:
+            parts = {name: float(value) for name, value in match.groupdict().items() if value}
+            moment = now - datetime.timedelta(**parts)
+        else:
+            moment = datetime.datetime.fromisoformat(text).astimezone(datetime.UTC)
+    except (ValueError, OverflowError):
+        message = f"--since {text!r}: a time as 2026-01-31T12:00:00Z, or how long ago as 10m"
+        raise click.UsageError(message) from None
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from migrate.report import MoveReport, Outcome
 
@@ -34,29 +35,34 @@ def report_table(report: MoveReport) -> Table:
     table = Table(title=f"Move {report.id}", title_justify="left", show_header=False, min_width=60)
     table.add_column(style="bold")
     table.add_column()
+
+    def row(name: str, value: str, style: str = "") -> None:
+        # Text, not str: a name from another host is no markup.
+        table.add_row(Text(name), Text(value, style=style))
+
     blackout = "--" if report.blackout_ms is None else f"{report.blackout_ms:.1f} ms"
     sent = report.sent_bytes
-    table.add_row("container", report.container)
-    table.add_row("from, to", f"{report.source} -> {report.target}")
-    table.add_row("mode, transport", f"{report.mode}, {report.transport}")
-    table.add_row("outcome", f"[{STYLES[report.outcome]}]{report.outcome}[/]")
-    table.add_row("started", report.started_at)
-    table.add_row("blackout", blackout)
-    table.add_row("total", f"{report.total_ms:.1f} ms")
-    table.add_row("memory", _size(report.memory_bytes))
+    row("container", report.container)
+    row("from, to", f"{report.source} -> {report.target}")
+    row("mode, transport", f"{report.mode}, {report.transport}")
+    row("outcome", str(report.outcome), STYLES[report.outcome])
+    row("started", report.started_at)
+    row("blackout", blackout)
+    row("total", f"{report.total_ms:.1f} ms")
+    row("memory", _size(report.memory_bytes))
     kinds = ", ".join(f"{name} {_size(getattr(sent, name))}" for name in ("pages", "files", "images", "control"))
-    table.add_row("sent", f"{_size(sent.total)} ({kinds})")
+    row("sent", f"{_size(sent.total)} ({kinds})")
     if report.rounds:
-        table.add_row("rounds", str(report.rounds))
+        row("rounds", str(report.rounds))
     if report.phases:
         table.add_section()
         for phase in report.phases:
-            table.add_row(phase.name, f"{phase.ms:10.1f} ms")
+            row(phase.name, f"{phase.ms:10.1f} ms")
     table.add_section()
     versions = report.versions
-    table.add_row("cmigrate, Python", f"{versions.cmigrate or '--'}, {versions.python or '--'}")
-    table.add_row("CRIU", f"{versions.criu_source or '--'} -> {versions.criu_target or '--'}")
-    table.add_row("kernel", f"{versions.kernel_source or '--'} -> {versions.kernel_target or '--'}")
+    row("cmigrate, Python", f"{versions.cmigrate or '--'}, {versions.python or '--'}")
+    row("CRIU", f"{versions.criu_source or '--'} -> {versions.criu_target or '--'}")
+    row("kernel", f"{versions.kernel_source or '--'} -> {versions.kernel_target or '--'}")
     return table
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from migrate.errors import UnknownReport
+from migrate.errors import UnknownReport, full_disk_is_no_room
 from migrate.report import (
     MoveReport,
     Outcome,
@@ -198,8 +198,6 @@ def test_a_report_that_can_not_be_written_leaves_nothing(store: ReportStore, tmp
 
 def test_a_full_disk_has_its_own_error() -> None:
     """/dev/full is a disk without room: what is written there fails as on one."""
-    from migrate.reports import full_disk_is_no_room
-
     with pytest.raises(NoRoom), full_disk_is_no_room(Path("/dev/full")), open("/dev/full", "wb", buffering=0) as file:
         file.write(b"x")
 
