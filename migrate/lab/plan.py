@@ -18,7 +18,7 @@ from runtime.errors import BadInput
 CLIENT = "client"
 MAX_HOSTS = 64
 CGROUP_ROOT = "cmigrate-lab"
-SUBNET = ipaddress.ip_network("10.88.0.0/16")
+SUBNET = ipaddress.IPv4Network("10.88.0.0/16")
 GATEWAY = SUBNET[1]
 # runtime.network gives none of the last 256 addresses to containers.
 _FIRST_HOST = SUBNET.num_addresses - 256

@@ -55,7 +55,7 @@ def test_a_lab_has_at_least_one_host_and_not_too_many(count: int) -> None:
 
 
 def test_addresses_of_hosts_are_distinct_and_none_is_a_containers_or_the_broadcast() -> None:
-    addresses = [ipaddress.ip_address(plan.host_address(number)) for number in range(1, plan.MAX_HOSTS + 1)]
+    addresses = [ipaddress.IPv4Address(plan.host_address(number)) for number in range(1, plan.MAX_HOSTS + 1)]
     assert len(set(addresses)) == plan.MAX_HOSTS
     assert all(address in plan.SUBNET and address != plan.SUBNET.broadcast_address for address in addresses)
     # runtime.network leaves the last 256 addresses of the subnet to hosts.
