@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from migrate.cli.output import human_bytes
 from migrate.report import MoveReport, Outcome
 
 STYLES = {
@@ -49,9 +50,9 @@ def report_table(report: MoveReport) -> Table:
     row("started", report.started_at)
     row("blackout", blackout)
     row("total", f"{report.total_ms:.1f} ms")
-    row("memory", _size(report.memory_bytes))
-    kinds = ", ".join(f"{name} {_size(getattr(sent, name))}" for name in ("pages", "files", "images", "control"))
-    row("sent", f"{_size(sent.total)} ({kinds})")
+    row("memory", human_bytes(report.memory_bytes))
+    kinds = ", ".join(f"{name} {human_bytes(getattr(sent, name))}" for name in ("pages", "files", "images", "control"))
+    row("sent", f"{human_bytes(sent.total)} ({kinds})")
     if report.rounds:
         row("rounds", str(report.rounds))
     if report.phases:
@@ -64,12 +65,3 @@ def report_table(report: MoveReport) -> Table:
     row("CRIU", f"{versions.criu_source or '--'} -> {versions.criu_target or '--'}")
     row("kernel", f"{versions.kernel_source or '--'} -> {versions.kernel_target or '--'}")
     return table
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

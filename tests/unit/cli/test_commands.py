@@ -224,7 +224,7 @@ def test_a_report_is_a_table_with_everything_in_it() -> None:
     stream = io.StringIO()
     print_report(REPORT, Console(file=stream, width=100))
     text = stream.getvalue()
-    for part in ("web1", "host1 -> host2", "diskless, stream", "migrated", "61.5 ms", "64.0 MiB", "prepare", "0.1.0"):
+    for part in ("web1", "host1 -> host2", "diskless, stream", "migrated", "61.5 ms", "64.0MiB", "prepare", "0.1.0"):
         assert part in text
 
 

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,3 +194,9 @@ def test_without_a_common_protocol_both_versions_are_named(ours: messages.Hello,
 
 def test_a_hello_without_oldest_is_understood() -> None:
     assert messages.Hello.parse({"type": "hello", "protocol": 1, "version": "0", "host": "h"}).oldest == 1
+
+
+def test_every_message_and_every_field_is_documented() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "protocol.md").read_text()
+    fields = {field.name for kind in MESSAGES.values() for field in dataclasses.fields(kind)}
+    assert not [name for name in [*MESSAGES, *messages.BULK_TYPES, *fields] if f"`{name}`" not in text]
