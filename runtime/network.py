@@ -166,6 +166,7 @@ class ContainerNetwork:
         self._announcement = b""
         self._link_index: int | None = None
         self._bridge_index: int | None = None
+        self._hairpin = False
 
     def __enter__(self) -> ContainerNetwork:
         return self
@@ -221,6 +222,10 @@ class ContainerNetwork:
         self._socket()
         self._link_index = _index(self._name)
         self._bridge_index = _index(self._host.bridge)
+        if self._link_index is not None:
+            with _netlink_call(f"link {self._name}"):
+                (link,) = self._socket().link("get", index=self._link_index)
+            self._hairpin = link.get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_MODE") == 1
 
     def open_inside(self, init_pid: int, network: NetworkSpec) -> None:
         """For a container that runs already: get ready to ``announce`` its address."""
@@ -229,7 +234,7 @@ class ContainerNetwork:
             self._inside = in_network_namespace(init_pid, _packet_socket)
 
     def connect(self) -> None:
-        """The container's frames reach the bridge from here on."""
+        """The container's frames reach the bridge from here on. Two messages for one that publishes ports."""
         if self._link_index is None or self._bridge_index is None:
             self.look_up()
         for name, index in ((self._name, self._link_index), (self._host.bridge, self._bridge_index)):
@@ -237,6 +242,8 @@ class ContainerNetwork:
                 raise RuntimeFault(f"link {name} is gone", hint="was it deleted by hand?")
         with _netlink_call(f"link {self._name}, port of {self._host.bridge}"):
             self._socket().link("set", index=self._link_index, master=self._bridge_index)
+            if self._hairpin:
+                self._socket().brport("set", index=self._link_index, mode=1)
 
     def disconnect(self) -> None:
         """No frame goes in or out. Nothing happens for a container without a link."""
@@ -258,6 +265,19 @@ class ContainerNetwork:
         if ports:
             subnet = str(subnet_of(self._host))
             run_nft(nft.published_rules(self._table, ports, address=host_address(network), subnet=subnet))
+            self._let_it_reach_itself()
+
+    def _let_it_reach_itself(self) -> None:
+        """Frames may leave by the port they came from: a container that asks for its own published port.
+
+        Where br_netfilter is loaded, ports are rewritten inside the bridge and not on the way through the host.
+        """
+        if self._link_index is None:
+            self.look_up()
+        self._hairpin = True
+        if self._link_index is not None:
+            with _netlink_call(f"link {self._name}"), _tolerating(errno.EOPNOTSUPP, errno.EINVAL):  # no port yet
+                self._socket().brport("set", index=self._link_index, mode=1)
 
     def unpublish(self) -> None:
         run_nft(nft.remove_table(self._table))
