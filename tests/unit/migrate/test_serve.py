@@ -108,6 +108,7 @@ def test_a_stranger_gets_no_further_than_the_handshake(agent: RunningAgent) -> N
     Inventory(stranger).add(Inventory(agent.ours).get("theirs"))
     with pytest.raises(AuthenticationFailed, match="unknown to the peer"):
         connect(stranger, "theirs", deadline=Deadline.after(TIMEOUT_S), transport="stream")
+    wait_for_sessions_to_end(agent)  # it writes after it has told the client
     assert "refused" in agent.log.read_text()
 
 
@@ -166,6 +167,10 @@ def test_more_connections_than_sessions_wait_their_turn(tmp_path: Path) -> None:
 
 def test_a_session_that_ends_is_reaped_without_a_new_connection(agent: RunningAgent) -> None:
     agent.connect().close()
+    wait_for_sessions_to_end(agent)
+
+
+def wait_for_sessions_to_end(agent: RunningAgent) -> None:
     limit_s = time.monotonic() + TIMEOUT_S
     while children(agent.process.pid):
         assert time.monotonic() < limit_s
