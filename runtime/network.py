@@ -43,6 +43,10 @@ SYSCTLS = {
     "mptcp/enabled": "0",
     "ipv4/ping_group_range": "0 2147483647",
     "ipv4/ip_unprivileged_port_start": "0",
+    # A restored socket speaks the moment it leaves repair mode, before its link has joined the bridge, so its first ARP
+    # request is lost: the next one comes after this time, and the default is a second.
+    f"ipv4/neigh/{LINK_INSIDE}/retrans_time_ms": "20",
+    f"ipv4/neigh/{LINK_INSIDE}/mcast_solicit": "50",
 }
 
 T = TypeVar("T")
