@@ -39,7 +39,7 @@ TRANSPORTS = ("ssh", "stream")
 SETTLE_S = 2.0
 STEP_TIMEOUT_S = 120.0
 
-console = Console(stderr=False)
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 class DemoFailed(Exception):
@@ -115,6 +115,7 @@ class Demo:
         self._lab = lab
         self._memory_mib = memory_mib
         self._undo = ExitStack()
+        self._seen: list[str] = []
 
     def __enter__(self) -> "Demo":
         return self
@@ -162,25 +163,25 @@ class Demo:
     def move(self, mode: str, transport: str, source: str, target: str) -> Move:
         say(f"[bold]{source} -> {target}: --mode {mode} --transport {transport}[/bold]")
         self._mark()
-        done = self._lab.exec(
-            source,
-            ["cmigrate", "move", NAME, "--to", target, "--mode", mode, "--transport", transport, "--json"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        lines = [json.loads(line) for line in str(done.stdout).splitlines() if line.startswith("{")]
-        report: dict[str, Any] = next((line for line in reversed(lines) if "outcome" in line), {})
+        words = ["cmigrate", "move", NAME, "--to", target, "--mode", mode, "--transport", transport]
+        done = self._lab.exec(source, words)
+        kept = self.cmigrate(source, "history", "--json", "-n", "1").splitlines()
+        report: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        if report.get("id") not in {None, *self._seen}:
+            self._seen.append(report["id"])
+            self._lab.exec(source, ["cmigrate", "report", report["id"]])
+        else:
+            report = {}  # refused before there was anything to report; the error is on the screen
         time.sleep(SETTLE_S)
-        seen = self._mark()
         move = Move(
             mode=mode,
             transport=transport,
             exit_code=done.returncode,
             report=report,
-            seen=seen,
+            seen=self._mark(),
             found=self._client.ask(),
         )
-        show_report(move, source, target, lines)
+        show_client(move)
         return move
 
     def _mark(self) -> dict[str, Any]:
@@ -190,33 +191,16 @@ class Demo:
 
 
 def say(text: str) -> None:
-    console.print(f"demo: {text}", highlight=False)
+    console.print(f"demo: {text}", highlight=False, soft_wrap=True)
 
 
-def show_report(move: Move, source: str, target: str, lines: list[dict[str, Any]]) -> None:
-    report = move.report
-    if not report:
-        for line in lines:
-            console.print_json(data=line)
-        return
-    table = Table(title=f"report {report.get('id', '')}", title_justify="left", show_header=False)
-    table.add_row("outcome", f"[{'green' if move.good else 'red'}]{report.get('outcome')}[/]")
-    table.add_row("container", f"{report.get('container')}, {source} -> {target}")
-    table.add_row("mode, transport", f"{report.get('mode')}, {report.get('transport')}")
-    table.add_row("blackout", f"{report.get('blackout_ms', 0):.1f} ms")
-    table.add_row("total", f"{report.get('total_ms', 0):.0f} ms")
-    table.add_row("memory", mib(report.get("memory_bytes", 0)))
-    sent = report.get("sent_bytes") or {}
-    table.add_row("sent", ", ".join(f"{kind} {mib(count)}" for kind, count in sent.items()))
-    phases = report.get("phases") or []
-    table.add_row("phases", ", ".join(f"{phase['name']} {phase['ms']:.0f}" for phase in phases) + " ms")
-    table.add_row("client: longest gap", f"{move.seen['longest_gap_ms']:.1f} ms")
-    table.add_row("client: requests", f"{move.seen['requests']}, {move.seen['failed']} failed")
-    table.add_row(
-        "client: connection",
-        f"{move.seen['resets']} resets, {move.seen['out_of_sequence']} answers out of sequence",
-    )
-    table.add_row("data", f"{move.found['keys']} values compared, {move.found['wrong']} wrong")
+def show_client(move: Move) -> None:
+    seen, found = move.seen, move.found
+    table = Table(title="what the client saw", title_justify="left", show_header=False)
+    table.add_row("longest gap", f"{seen['longest_gap_ms']:.1f} ms")
+    table.add_row("requests", f"{seen['requests']}, {seen['failed']} failed, {seen['out_of_sequence']} out of sequence")
+    table.add_row("connection", "the same" if found["same_connection"] and not seen["resets"] else "broken")
+    table.add_row("data", f"{found['keys']} values compared, {found['wrong']} wrong")
     console.print(table)
 
 
@@ -230,10 +214,6 @@ def show_summary(moves: list[Move]) -> None:
         figures = move.to_json().values()
         table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in figures))
     console.print(table)
-
-
-def mib(count: float) -> str:
-    return f"{count / (1 << 20):.1f} MiB"
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Fixtures that several integration tests share."""
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 
@@ -17,3 +18,5 @@ def two_hosts() -> Iterator[TwoHosts]:
             yield hosts
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            directory.parent.rmdir()
