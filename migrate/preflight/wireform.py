@@ -127,8 +127,7 @@ def _read_file(value: Any) -> LowerFile:
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         raise Unfit("no file of four fields")
     path = _PATH.read(value[0])
-    parts = path.split("/")
-    if parts[0] or ".." in parts or "\0" in path or path == "/":
+    if not path.startswith("/") or path == "/" or ".." in path.split("/") or "\0" in path:
         raise Unfit("not an absolute path")
     return LowerFile(
         path=path,
