@@ -205,10 +205,10 @@ def show_client(move: Move) -> None:
 
 
 def show_summary(moves: list[Move]) -> None:
-    table = Table(title="all moves", title_justify="left")
+    table = Table(title="all moves (times in ms)", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for name in ("mode", "transport", "outcome"):
         table.add_column(name)
-    for name in ("blackout ms", "downtime ms", "total ms", "requests", "failed", "resets"):
+    for name in ("blackout", "downtime", "total", "requests", "failed", "resets"):
         table.add_column(name, justify="right")
     for move in moves:
         figures = move.to_json().values()
