@@ -73,7 +73,8 @@ def parse_maps(text: str) -> list[FileMapping]:
             # The path has newlines escaped as \012, and nothing else.
             found.append(
                 FileMapping(
-                    span=span,
+                    # maps pads addresses to eight digits, map_files does not.
+                    span="-".join(f"{int(address, 16):x}" for address in span.split("-")),
                     permissions=permissions,
                     device=device,
                     inode=int(inode),
@@ -169,3 +170,18 @@ def parse_capabilities(status: str) -> int:
         if line.startswith("CapEff:"):
             return int(line.split()[1], 16)
     return 0
+
+
+def parse_shared_writable(maps: str) -> set[str]:
+    """From the text of /proc/PID/maps: paths of files mapped shared and writable, as the process sees them.
+
+    A file that was deleted has no path any more and is CRIU's to carry.
+    """
+    found = set()
+    for line in maps.splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) < 6 or not fields[5].startswith("/") or fields[5].endswith(" (deleted)"):
+            continue
+        if fields[1][1] == "w" and fields[1][3] == "s":
+            found.add(fields[5])
+    return found
