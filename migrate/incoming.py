@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from migrate import messages
 from migrate.errors import ProtocolViolation
 from runtime.criu.images import ImageSetWriter, PageImageWriter
 from runtime.criu.pages import SpaceId
@@ -32,6 +33,7 @@ class Incoming:
         log: Path,
         criu_version: tuple[int, int, int],
         deadline: Callable[[], Deadline],
+        on_frozen: Callable[[], None],
     ) -> None:
         self._channel = channel
         self._deadline = deadline
@@ -41,6 +43,7 @@ class Incoming:
         self._pages = PageImageWriter(images, criu_version)
         self._space: SpaceId | None = None
         self._log = log
+        self._on_frozen = on_frozen
         self.received_bytes = 0
 
     def until_control(self) -> dict[str, Any]:
@@ -49,6 +52,7 @@ class Incoming:
             "tree-changes": self._tree_changes,
             "image": self._image,
             "log": self._receive_log,
+            messages.Frozen.TYPE: lambda _message: self._on_frozen(),
             "space": self._open_space,
             "pages": self._receive_pages,
         }

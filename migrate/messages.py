@@ -91,7 +91,6 @@ FindingList = Annotated[tuple[Mapping[str, str], ...], list_of(Check(_read_findi
 Standing = Annotated[str, choice("held", "running", "refused", "committed")]
 
 
-
 _CHECKS: dict[str, dict[str, Check]] = {}
 
 
@@ -203,6 +202,22 @@ class Prepared(Message):
     TYPE: ClassVar[str] = "prepared"
     move_id: MoveId
     versions: Versions = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen(Message):
+    """The container is frozen on the source; its sockets there still take frames until the target holds them."""
+
+    TYPE: ClassVar[str] = "frozen"
+    move_id: MoveId
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding(Message):
+    """The answer: frames for the container come to the target now, and wait."""
+
+    TYPE: ClassVar[str] = "holding"
+    move_id: MoveId
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +350,8 @@ MESSAGES: dict[str, type[Message]] = {
         Findings,
         Offer,
         Prepared,
+        Frozen,
+        Holding,
         FrozenState,
         Ready,
         Commit,

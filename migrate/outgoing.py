@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from runtime.criu.pages import RunReader, SpaceId
-from runtime.tree import Change, read_chunks
+from runtime.tree import Change, SentContent, read_chunks
 from transport.api import Channel, Deadline, Frame
 
 PAGE_BYTES = 4096
@@ -38,7 +38,7 @@ class Outgoing:
         self.channel.send_data(tag, buffers, deadline=self._deadline())
         self.sent_bytes[kind] += self.channel.bytes_sent - before
 
-    def tree(self, number: int, root: Path, changes: Iterable[Change]) -> None:
+    def tree(self, number: int, root: Path, changes: Iterable[Change], sent: SentContent) -> None:
         """Changes of tree ``number`` (0 the upper layer, 1.. the tmpfs mounts), each followed by its content."""
         batch: list[dict[str, object]] = []
         for change in changes:
@@ -47,7 +47,7 @@ class Outgoing:
                 self.control({"type": "tree-changes", "tree": number, "changes": batch})
                 batch = []
             if change.has_content:
-                for offset, chunk in read_chunks(root, change):
+                for offset, chunk in read_chunks(root, change, sent=sent):
                     self.data("files", offset, (chunk,))
                 self.data("files", 0, (b"",))
         self.control({"type": "tree-changes", "tree": number, "changes": batch, "end": True})

@@ -28,8 +28,10 @@ from runtime.container import Containers
 from runtime.criu.binary import CriuBinary
 from runtime.criu.dump import HeldDump
 from runtime.criu.pages import PageServer, page_socketpair
+from runtime.errors import CriuFailed
 from runtime.host import HostConfig
-from runtime.tree import Snapshot, compare, hash_files, scan
+from runtime.linux.procfs import parse_shared_writable
+from runtime.tree import SentContent, Snapshot, compare, scan
 from transport.api import Deadline, Frame, TransportError
 
 IDLE_TIMEOUT_S = 120.0
@@ -73,6 +75,7 @@ class SourceMove:
         self._dump = HeldDump(self._containers, container, criu, self._work)
         self._trees = self._tree_roots()
         self._snapshots: list[Snapshot | None] = [None] * len(self._trees)
+        self._sent = [SentContent() for _tree in self._trees]
         self._pages: _PageThread | None = None
         self._undo = ExitStack()
         self.clock = PhaseClock()
@@ -206,26 +209,44 @@ class SourceMove:
             self._send_tree(number)
 
     def _send_tree(self, number: int) -> None:
-        root = self._trees[number]
-        snapshot = scan(root)
-        if number:
-            # On a tmpfs the times do not tell of writes through a shared mapping.
-            snapshot = hash_files(root, snapshot)
-        self._out.tree(number, root, compare(self._snapshots[number], snapshot, always=frozenset()))
+        root, before, sent = self._trees[number], self._snapshots[number], self._sent[number]
+        snapshot = scan(root, previous=before, settle=before is None)
+        # Times do not tell of stores through shared mappings: on a tmpfs never, elsewhere not of every one.
+        always = snapshot.file_inodes() if number else self._mapped_inodes(snapshot)
+        self._out.tree(number, root, compare(before, snapshot, always=always, sent=sent), sent)
         self._snapshots[number] = snapshot
+
+    def _mapped_inodes(self, snapshot: Snapshot) -> frozenset[int]:
+        found = set()
+        for pid in self._containers.cgroup(self._container.id).pids():
+            with contextlib.suppress(OSError):
+                for path in parse_shared_writable(Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")):
+                    entry = snapshot.entries.get(path.lstrip("/"))
+                    if entry is not None:
+                        found.add(entry.inode)
+        return frozenset(found)
 
     def _freeze_and_dump(self) -> None:
         self._mark("freeze")
         self._dump.freeze()
+        self._send(messages.Frozen(move_id=self._move_id))
+        self._hear(messages.Holding)
+        self._dump.cut_off()
         self._mark("dump")
         if self._pages is not None:
             self._pages.start()
+        if self._pages is None:
+            self._dump.dump()
+            return
         try:
             self._dump.dump()
-        finally:
-            # Its error is the cause of CRIU's, so it is the one to tell.
-            if self._pages is not None:
-                self._pages.finish()
+        except CriuFailed as error:
+            # Where the channel broke CRIU only saw its page server refuse: the channel's error is the cause.
+            cause = self._pages.wait()
+            raise (error if cause is None or isinstance(cause, CriuFailed) else cause) from error
+        cause = self._pages.wait()
+        if cause is not None:
+            raise cause
 
     def _send_state(self) -> None:
         self._mark("send")
@@ -264,16 +285,16 @@ class _PageThread:
 
     def _serve(self) -> None:
         try:
-            self._server.serve()
+            self._server.serve(idle_timeout_s=IDLE_TIMEOUT_S)
             self._sender.flush()
         except BaseException as error:
             # The server has told CRIU, whose failure ends the wait for post-dump.
             self._error = error
 
-    def finish(self) -> None:
+    def wait(self) -> BaseException | None:
+        """Until the stream is over; what went wrong with it."""
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        return self._error
 
 
 @contextlib.contextmanager

@@ -126,7 +126,12 @@ class TargetMove:
             log=self._directory / "log.jsonl",
             criu_version=self._criu.version,
             deadline=lambda: Deadline.after(IDLE_TIMEOUT_S),
+            on_frozen=self._hold_packets,
         )
+
+    def _hold_packets(self) -> None:
+        self._restore.hold_packets()
+        self._send(messages.Holding(move_id=self._offer.move_id))
 
     def _receive(self) -> None:
         assert self._incoming is not None

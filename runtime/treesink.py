@@ -1,7 +1,7 @@
 """Applies changes of a tree (runtime/tree.py) below a root, from a peer that is not trusted.
 
-Every path is walked from the root by directory descriptors that follow no symbolic link, so nothing outside the root
-can be reached whatever a peer sends.
+Directories are opened by openat2(2) below the root through no symbolic link and into no other mount, and entries are
+named relative to them: whatever a peer sends, nothing outside the root is reached.
 """
 
 from __future__ import annotations
@@ -9,141 +9,296 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.errors import CorruptData, NoRoom
-from runtime.tree import OVERLAY_MARKS, XATTR_PREFIXES, Change, open_beneath
+from runtime.errors import CorruptData, KernelCallFailed, MissingFeature, NoRoom
+from runtime.linux.files import open_beneath, punch_hole, sync_file_system
+from runtime.tree import digest
+from runtime.tree_values import Change, Kind, Op, is_carried
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+# What comes of changes that do not fit each other, or that try to leave the root.
+_LIES = (
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOTEMPTY,
+    errno.ELOOP,
+    errno.EXDEV,
+    errno.ENAMETOOLONG,
+    errno.EFBIG,
+    errno.EINVAL,
+    errno.EMLINK,
+)
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NODES = {
+    Kind.FIFO: stat.S_IFIFO,
+    Kind.SOCKET: stat.S_IFSOCK,
+    Kind.CHAR: stat.S_IFCHR,
+    Kind.BLOCK: stat.S_IFBLK,
+    Kind.WHITEOUT: stat.S_IFCHR,
+}
 
 
 class TreeSink:
-    """Writes into ``root``, a directory that exists."""
+    """Makes the tree below ``root``, a directory that exists and that nobody else writes to. One thread.
+
+    Errors of every method: CorruptData for changes that lie or do not fit, NoRoom, MissingFeature where the file system
+    here lacks something, KernelCallFailed. After an error the tree is incomplete and of no use.
+    """
 
     def __init__(self, root: Path) -> None:
-        self._root = root
-        self._file = -1
-        self._change: Change | None = None
+        self._path = root
+        self._root = os.open(root, _DIRECTORY)
+        # The directory last worked in: path, descriptor, and the mtime to give back when leaving it.
+        self._parent: tuple[str, int, int] | None = None
+        # Attributes of a file come after its content: writing changes its times and takes setuid and capabilities.
+        self._file: tuple[Change, int] | None = None
+
+    def __enter__(self) -> TreeSink:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of all descriptors; what was applied stays, whether or not it was complete. Idempotent."""
+        if self._file is not None:
+            os.close(self._file[1])
+            self._file = None
+        if self._parent is not None:
+            os.close(self._parent[1])
+            self._parent = None
+        if self._root >= 0:
+            os.close(self._root)
+            self._root = -1
 
     def apply(self, change: Change) -> None:
-        """Make one change; a file's content follows by ``write``. Raises CorruptData, NoRoom."""
-        self._complete()
-        try:
-            self._apply(change)
-        except FileNotFoundError as error:
-            raise CorruptData(f"{change.path!r}: its directory was never made") from error
-        except OSError as error:
-            if error.errno in _NO_ROOM:
-                raise NoRoom(f"no room for the container's files in {self._root}", hint="make room there") from error
-            raise
+        """Make one change. The content of a file follows by ``write``, until the next ``apply`` or ``finish``."""
+        self._complete_file()
+        with self._explained(change.path):
+            if not change.path:
+                self._leave_parent()
+                self._directory_attributes(change, ".", self._root)
+                return
+            parent_path, _, name = change.path.rpartition("/")
+            parent = self._open_parent(parent_path)
+            match change.op:
+                case Op.REMOVE:
+                    _remove(name, parent)
+                case Op.LINK:
+                    self._link(change.target, name, parent)
+                case Op.PUT:
+                    self._put(change, name, parent)
+                case Op.PATCH:
+                    self._patch(change, name, parent)
+                case Op.META:
+                    self._meta(change, name, parent)
 
-    def _apply(self, change: Change) -> None:
-        if not change.path:
-            self._set_metadata(change, open_beneath(self._root, "", os.O_RDONLY | os.O_DIRECTORY))
-            return
-        parent_path, _, name = change.path.rpartition("/")
-        parent = open_beneath(self._root, parent_path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            if change.kind == "remove":
-                _remove(parent, name)
-            elif change.kind == "file":
-                self._open_file(change, parent, name)
-            else:
-                self._make(change, parent, name)
-        finally:
-            os.close(parent)
-
-    def _make(self, change: Change, parent: int, name: str) -> None:
-        if change.kind == "directory":
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(name, 0o700, dir_fd=parent)
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._set_metadata(change, os.open(name, flags, dir_fd=parent))
-            return
-        _remove(parent, name)
-        if change.kind == "link":
-            self._link(change, parent, name)
-            return
-        if change.kind == "symlink":
-            os.symlink(change.target, name, dir_fd=parent)
-        else:
-            types = {"fifo": stat.S_IFIFO, "socket": stat.S_IFSOCK, "char": stat.S_IFCHR, "block": stat.S_IFBLK}
-            os.mknod(name, types[change.kind] | 0o600, change.device, dir_fd=parent)
-            os.chmod(name, change.mode, dir_fd=parent)
-        os.chown(name, change.uid, change.gid, dir_fd=parent, follow_symlinks=False)
-        if change.kind not in ("symlink", "socket"):
-            os.chmod(name, change.mode, dir_fd=parent)
-        os.utime(name, ns=(change.mtime_ns, change.mtime_ns), dir_fd=parent, follow_symlinks=False)
-
-    def _link(self, change: Change, parent: int, name: str) -> None:
-        target_parent_path, _, target_name = change.target.rpartition("/")
-        target_parent = open_beneath(self._root, target_parent_path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.link(target_name, name, src_dir_fd=target_parent, dst_dir_fd=parent, follow_symlinks=False)
-        finally:
-            os.close(target_parent)
-
-    def _open_file(self, change: Change, parent: int, name: str) -> None:
-        # A file of several names keeps its inode; what lies there and is no file goes.
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-                _remove(parent, name)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        self._file = os.open(name, flags, 0o600, dir_fd=parent)
-        self._change = change
-        if change.has_content:
-            os.ftruncate(self._file, 0)
-            os.ftruncate(self._file, change.size)
-
-    def write(self, change: Change, offset: int, data: memoryview) -> None:
-        """Content of the file whose change was applied last. Raises NoRoom, CorruptData."""
-        if self._file < 0 or change is not self._change or offset < 0 or offset + len(data) > change.size:
-            raise CorruptData(f"content for {change.path!r} that does not fit")
-        try:
-            while data:
-                written = os.pwrite(self._file, data, offset)
-                data, offset = data[written:], offset + written
-        except OSError as error:
-            if error.errno in _NO_ROOM:
-                raise NoRoom(f"no room for the container's files in {self._root}", hint="make room there") from error
-            raise
+    def write(self, change: Change, offset: int, data: memoryview | bytes) -> None:
+        """A piece of the content of the file whose change was applied last."""
+        view = memoryview(data).cast("B")
+        if self._file is None or self._file[0] != change:
+            raise CorruptData(f"{change.path!r}: content came that does not belong to the last change")
+        if offset < 0 or offset + len(view) > change.size:
+            raise CorruptData(f"{change.path!r}: content came beyond the size of {change.size} bytes")
+        with self._explained(change.path):
+            if change.op is Op.PATCH and self._punched(offset, view):
+                return
+            while view:
+                count = os.pwrite(self._file[1], view, offset)
+                view, offset = view[count:], offset + count
 
     def finish(self) -> None:
-        """All that was announced has come."""
-        self._complete()
+        """Everything that was announced has come: complete the last file and directory.
 
-    close = finish
+        More may be applied afterwards, followed by ``finish`` again.
+        """
+        self._complete_file()
+        self._leave_parent()
 
-    def _complete(self) -> None:
-        """Metadata last: writing changes times, and chown clears setuid bits."""
-        if self._file >= 0 and self._change is not None:
-            descriptor, self._file = self._file, -1
-            self._set_metadata(self._change, descriptor)
+    def sync(self) -> None:
+        """Everything applied is on the disk when this returns. It writes the whole file system: not for a blackout."""
+        sync_file_system(self._root)
 
-    @staticmethod
-    def _set_metadata(change: Change, descriptor: int) -> None:
-        """Owner, mode, attributes and times of an open file or directory, which is closed."""
+    def verify(self, expected: bytes) -> None:
+        """Raises CorruptData when the tree is not the one that ``digest`` gave ``expected`` for."""
+        if digest(self._root) != expected:
+            raise CorruptData(f"the files in {self._path} are not those that were sent", hint="move it again")
+
+    # Changes, by kind
+
+    def _link(self, target: str, name: str, parent: int) -> None:
+        target_parent, _, target_name = target.rpartition("/")
+        source = open_beneath(self._root, target_parent, os.O_PATH | os.O_DIRECTORY)
         try:
-            os.fchown(descriptor, change.uid, change.gid)
-            os.fchmod(descriptor, change.mode)
-            wanted = dict(change.xattrs)
-            for name in os.listxattr(descriptor):
-                if name not in wanted and (name in OVERLAY_MARKS or name.startswith(XATTR_PREFIXES)):
-                    os.removexattr(descriptor, name)
-            for name, value in wanted.items():
-                os.setxattr(descriptor, name, value)
-            os.utime(descriptor, ns=(change.mtime_ns, change.mtime_ns))
+            if stat.S_ISDIR(os.stat(target_name, dir_fd=source, follow_symlinks=False).st_mode):
+                raise CorruptData(f"{target!r} is a directory and can have no second name")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=parent)
+            os.link(target_name, name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
+        finally:
+            os.close(source)
+
+    def _put(self, change: Change, name: str, parent: int) -> None:
+        if change.kind is Kind.DIRECTORY:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=parent)
+            self._directory_attributes(change, name, parent)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=parent)
+        if change.kind is Kind.FILE:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(name, flags, 0o600, dir_fd=parent)
+            self._file = change, descriptor
+            os.ftruncate(descriptor, change.size)
+        elif change.kind is Kind.SYMLINK:
+            os.symlink(change.target, name, dir_fd=parent)
+            self._name_attributes(change, name, parent)
+        else:
+            os.mknod(name, _NODES[change.kind] | 0o600, change.rdev, dir_fd=parent)
+            if change.kind is not Kind.WHITEOUT:
+                self._name_attributes(change, name, parent)
+
+    def _patch(self, change: Change, name: str, parent: int) -> None:
+        descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+        self._file = change, descriptor
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CorruptData(f"{change.path!r} is to be patched and is no file")
+        os.ftruncate(descriptor, change.size)
+
+    def _meta(self, change: Change, name: str, parent: int) -> None:
+        if change.kind is Kind.DIRECTORY:
+            self._directory_attributes(change, name, parent)
+        else:
+            self._name_attributes(change, name, parent)
+
+    # Attributes
+
+    def _directory_attributes(self, change: Change, name: str, parent: int) -> None:
+        descriptor = os.open(name, _DIRECTORY, dir_fd=parent)
+        try:
+            _set_attributes(descriptor, change)
         finally:
             os.close(descriptor)
 
+    def _name_attributes(self, change: Change, name: str, parent: int) -> None:
+        """Of what is not opened: a symlink, device, pipe or socket; or a file that stays as it is."""
+        if change.kind is Kind.SYMLINK:
+            os.chown(name, change.uid, change.gid, dir_fd=parent, follow_symlinks=False)
+            _set_xattrs(f"/proc/self/fd/{parent}/{name}", change, follow=False)
+            os.utime(name, ns=(change.mtime_ns, change.mtime_ns), dir_fd=parent, follow_symlinks=False)
+            return
+        descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            if stat.S_ISLNK(os.fstat(descriptor).st_mode):
+                raise CorruptData(f"{change.path!r} is a symlink and no {change.kind}")
+            _set_attributes(f"/proc/self/fd/{descriptor}", change)
+        finally:
+            os.close(descriptor)
 
-def _remove(parent: int, name: str) -> None:
+    def _complete_file(self) -> None:
+        if self._file is None:
+            return
+        change, descriptor = self._file
+        self._file = None
+        try:
+            with self._explained(change.path):
+                _set_attributes(descriptor, change)
+        finally:
+            os.close(descriptor)
+
+    # Help
+
+    def _punched(self, offset: int, view: memoryview) -> bool:
+        """Zeros over what is there become a hole, as they are one on the other side."""
+        assert self._file is not None
+        if view[0] or view[-1] or any(view.tobytes()):
+            return False
+        try:
+            punch_hole(self._file[1], offset, len(view))
+        except KernelCallFailed as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return False
+        return True
+
+    def _open_parent(self, path: str) -> int:
+        """The directory that an entry is in, kept for the next one.
+
+        What is done in it changes its times, which are right now: ``_leave_parent`` puts them back.
+        """
+        if self._parent is None or self._parent[0] != path:
+            self._leave_parent()
+            descriptor = open_beneath(self._root, path, os.O_RDONLY | os.O_DIRECTORY)
+            self._parent = path, descriptor, os.fstat(descriptor).st_mtime_ns
+        return self._parent[1]
+
+    def _leave_parent(self) -> None:
+        if self._parent is not None:
+            path, descriptor, mtime_ns = self._parent
+            self._parent = None
+            try:
+                with self._explained(path):
+                    os.utime(descriptor, ns=(mtime_ns, mtime_ns))
+            finally:
+                os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _explained(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, KernelCallFailed) as error:
+            number = error.errno or 0
+            if number in _NO_ROOM:
+                raise NoRoom(
+                    f"no room for {path!r} in {self._path}", hint="make room there, or choose a host that has it"
+                ) from error
+            if number in _LIES:
+                raise CorruptData(f"{path!r} does not fit what is there: {os.strerror(number)}") from error
+            if number == errno.EOPNOTSUPP:
+                raise MissingFeature(
+                    f"the file system of {self._path} can not hold all of {path!r}", hint="it needs extended attributes"
+                ) from error
+            if isinstance(error, KernelCallFailed):
+                raise
+            raise KernelCallFailed("writing", f"{path!r} in {self._path}", number) from error
+
+
+def _remove(name: str, parent: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+            os.rmdir(name, dir_fd=parent)
+        else:
+            os.unlink(name, dir_fd=parent)
+
+
+def _set_attributes(where: int | str, change: Change) -> None:
+    """In the order in which one does not undo the other: chown(2) clears setuid and capabilities."""
+    os.chown(where, change.uid, change.gid)
+    os.chmod(where, change.mode)
+    _set_xattrs(where, change, follow=True)
+    os.utime(where, ns=(change.mtime_ns, change.mtime_ns))
+
+
+def _set_xattrs(where: int | str, change: Change, *, follow: bool) -> None:
+    """Exactly those of the change: a new entry may have inherited an ACL, an old one may have more."""
+    wanted = dict(change.xattrs)
+    for name in _listed(where, follow):
+        if is_carried(name) and name not in wanted:
+            os.removexattr(where, name, follow_symlinks=follow)
+    for name, value in wanted.items():
+        os.setxattr(where, name, value, follow_symlinks=follow)
+
+
+def _listed(where: int | str, follow: bool) -> list[str]:
     try:
-        os.unlink(name, dir_fd=parent)
-    except FileNotFoundError:
-        return
-    except IsADirectoryError:
-        # Symlink-safe where the platform's rmtree is, which is so on Linux.
-        shutil.rmtree(name, dir_fd=parent)
+        return os.listxattr(where, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return []
+        raise

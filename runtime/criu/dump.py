@@ -1,7 +1,7 @@
 """A dump of one container that is held at its end: nothing is lost or resumed before the caller decides.
 
 prepare()   CRIU is started and warm and waits at ``pre-dump``; the container still runs
-freeze()    the cgroup freezer stops every task, the log is complete, the address answers nothing
+freeze()    the cgroup freezer stops every task, the log is complete; cut_off(): its link leads nowhere
 dump()      CRIU writes images (and pages) and waits at ``post-dump``; the freezer holds the tasks as well
 finish()    the source's copy is killed          or   rollback()   it runs on as if nothing had been
 """
@@ -57,6 +57,9 @@ class HeldDump:
         """Everything that can be done while the container runs. ``page_socket`` is CRIU's end of a socketpair."""
         state = self.container.state
         release_exec_waiters(self._containers, self.container.id)
+        if self.container.spec.network is not None:
+            self._network.look_up()
+            self._network.open_inside(state.init_pid, self.container.spec.network)
         status = ask_monitor(self._containers.host, self.container.id, "status")
         self.pipes = (status["pipes"][0], status["pipes"][1])
         self.mounts = external_mounts(self.container.spec, Path(f"/proc/{state.init_pid}/mountinfo").read_text())
@@ -83,14 +86,17 @@ class HeldDump:
             os.close(images_fd)
 
     def freeze(self) -> None:
-        """Stop the container. From here the blackout runs."""
+        """Stop the container. From here the blackout runs. Its sockets still take what arrives."""
         self.marks["freeze"] = time.monotonic()
         self._frozen = True
-        self._network.disconnect()
         self._cgroup.freeze(FREEZE_TIMEOUT_S)
         # What the container wrote before is in the log now, and not in a pipe that CRIU would dump a second time.
         ask_monitor(self._containers.host, self.container.id, "drain")
         self.marks["frozen"] = time.monotonic()
+
+    def cut_off(self) -> None:
+        """No frame reaches the container any more; whoever holds them instead is ready."""
+        self._network.disconnect()
 
     def dump(self) -> None:
         """Until CRIU has written everything; then tasks are held twice, by CRIU and by the freezer."""
@@ -143,6 +149,8 @@ class HeldDump:
             self._cgroup.thaw()
             if self.container.spec.network is not None:
                 self._network.connect()
+                # Peers may have learned another way meanwhile: to a target that did not get it.
+                self._network.announce()
             self._frozen = False
 
     def close(self) -> None:

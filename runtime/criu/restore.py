@@ -25,6 +25,7 @@ from runtime.criu.options import ExternalMount, restore_request
 from runtime.criu.rpc import CriuSession
 from runtime.errors import CriuFailed
 from runtime.network import ContainerNetwork, ensure_bridge
+from runtime.packets import PacketHold
 from runtime.sandbox.launch import MonitorLaunch, SandboxOrders
 
 RESTORE_TIMEOUT_S = 600.0
@@ -44,6 +45,7 @@ class HeldRestore:
         self._directory = directory
         self._run_dir = containers.run_dir(spec.id)
         self._network = ContainerNetwork(containers.host, spec.id)
+        self._hold: PacketHold | None = None
         self._launch: MonitorLaunch | None = None
         self._session: CriuSession | None = None
         self._sandbox: dict[str, Any] = {}
@@ -64,6 +66,8 @@ class HeldRestore:
         """Make cgroup, bridge, sandbox; start the monitor, and CRIU below it."""
         if self.spec.network is not None:
             ensure_bridge(self._containers.host)
+            self._hold = PacketHold(self._containers.host, self.spec.id, self.spec.network)
+            self._hold.prepare()
         cgroup = self._containers.cgroup(self.spec.id)
         cgroup.create(self.spec.limits)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -80,6 +84,11 @@ class HeldRestore:
             theirs.close()
         self._session = CriuSession(ours)
         self._sandbox = self._launch.expect("sandbox")
+
+    def hold_packets(self) -> None:
+        """The container is frozen where it was: from now on its frames are held here."""
+        if self._hold is not None:
+            self._hold.start()
 
     def tmpfs_roots(self) -> list[Path]:
         """The prepared tmpfs mounts (/dev/shm first), reachable through the monitor's mount namespace."""
@@ -142,6 +151,9 @@ class HeldRestore:
                 break
             if event.notify.script == "pre-resume" and self.spec.network is not None:
                 self._network.connect()
+                self._network.announce(1)
+                if self._hold is not None:
+                    self._hold.hand_over()
                 self.marks["connected"] = time.monotonic()
             if event.notify.script == "pre-resume":
                 self.marks["resuming"] = time.monotonic()
@@ -157,6 +169,10 @@ class HeldRestore:
         assert self._session is not None
         if self.spec.network is not None:
             self._network.announce()
+            if self._hold is not None:
+                # What came while the bridges were learning the way.
+                self._hold.hand_over()
+                self._hold.close()
             self._network.publish(self.spec.ports, self.spec.network)
         self._session.close()
         self._launch.tell("adopt", init_pid=self._init_pid)
@@ -178,6 +194,8 @@ class HeldRestore:
                 pass
             self._launch = None
         self._network.close()
+        if self._hold is not None:
+            self._hold.close()
         self._containers.clean_up(self.spec.id)
 
     def _log_text(self) -> str:
