@@ -40,7 +40,6 @@ KILL_TIMEOUT_S = 15.0
 POLL_S = 0.01
 ADDS_AT_ONCE = 4
 
-_MARK = "user.cmigrate-lab"
 """Extended attribute of directories that a lab made outside its own: the last lab removes those and no others."""
 
 
@@ -314,9 +313,7 @@ class Lab:
         if not record.exists() and not cgroup.exists():
             return False
         with _between_labs():
-            if cgroup.destroy(KILL_TIMEOUT_S):
-                for place in (CONFIG_DIR, STATE_DIR):
-                    remove_mount_point(place)
+            cgroup.destroy(KILL_TIMEOUT_S)
         for entry in self.directory.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -361,18 +358,8 @@ def _between_labs() -> AbstractContextManager[None]:
 
 
 def make_mount_point(path: Path) -> None:
-    """A directory on the machine's own file system that each lab host mounts its own over."""
-    try:
-        path.mkdir(mode=0o700)
-    except FileExistsError:
-        return
-    # Without extended attributes an empty directory stays behind; better that than removing one that is not ours.
-    with contextlib.suppress(OSError):
-        os.setxattr(path, _MARK, b"1")
+    """A directory on the machine's own file system that each lab host mounts its own over.
 
-
-def remove_mount_point(path: Path) -> None:
-    """Only one that a lab made, and that has stayed empty."""
-    with contextlib.suppress(OSError):
-        os.getxattr(path, _MARK)
-        path.rmdir()
+    It stays when the lab goes: removing a directory takes away what other labs have mounted on it.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
