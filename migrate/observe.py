@@ -172,7 +172,8 @@ class Terminal:
             if isinstance(event, Warning):
                 remedy = f" ({event.remedy})" if event.remedy else ""
                 self._say(f"warning: {event.what}{remedy}")
-            if isinstance(event, MoveEnded) and event.report.error is None:
+            # A refused report without an error is a dry run's; of a failure the error tells.
+            if isinstance(event, MoveEnded) and event.report.outcome is Outcome.MIGRATED:
                 self._say(summary(event.report))
 
     def _say(self, line: str) -> None:

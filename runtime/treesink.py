@@ -136,7 +136,7 @@ class TreeSink:
         source = open_beneath(self._root, target_parent, os.O_PATH | os.O_DIRECTORY)
         try:
             if stat.S_ISDIR(os.stat(target_name, dir_fd=source, follow_symlinks=False).st_mode):
-                raise CorruptData(f"{target!r} is a directory and can have no second name")
+                raise CorruptData(f"{name!r} is to be a name of {target!r}, which is a directory")
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=parent)
             os.link(target_name, name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from runtime.api import Container
     from runtime.container import Containers
 
-PASS_ON = {"ignore_unknown_options": False, "allow_interspersed_args": False}
+PASS_ON = {"allow_interspersed_args": False}
 EXIT_CMIGRATE = 125
 """As docker: our own failure, where every other number may be the program's."""
-ENDED_POLL_S = 0.05
+EXIT_SIGPIPE = 128 + signal.SIGPIPE
 
 RUN_OPTIONS = (
     click.option("-d", "--detach", is_flag=True, help="Do not wait; print the container's id."),
@@ -126,6 +126,10 @@ def our_failures_are_125(*, unless: bool = False) -> Iterator[None]:
         yield
     except (click.UsageError, click.exceptions.Exit):
         raise
+    except BrokenPipeError:
+        # Whoever read the output has enough (head): it ends as a program in a pipeline does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(EXIT_SIGPIPE) from None
     except Exception as error:
         if unless:
             raise
@@ -149,6 +153,9 @@ def attend(containers: Containers, container: Container) -> int:
     try:
         show_log(containers, container.id, ended)
         return ended.exit_code()
+    except BrokenPipeError:
+        _stop_quietly(containers, container.id)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
