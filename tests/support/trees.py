@@ -88,11 +88,28 @@ def data_bytes(path: Path) -> int:
     return path.stat().st_blocks * 512
 
 
-# Random trees. A step is a plain value, so that a failure can be read; a step that does not fit what is there does
-# nothing. Names are few, so that steps meet.
+# What random steps start from: something of everything, with the names that they use.
+FIRST_STEPS: tuple[tuple[Any, ...], ...] = (
+    ("mkdir", "a"),
+    ("mkdir", "a/b"),
+    ("mkdir", "b"),
+    ("write", "a/a", 0, 3 * BLOCK + 5, b"abc"),
+    ("write", "a/b/c", 1 << 20, BLOCK + 1, b"sparse"),
+    ("write", "c", 0, (1 << 20) + 17, b"long"),
+    ("write", "a/e f", 0, 10, b"small"),
+    ("link", "a/a", "a/b/a"),
+    ("link", "a/a", "b/a"),
+    ("link", "c", "b/c"),
+    ("symlink", "d\udcff", "a"),
+    ("node", "b/b", "fifo"),
+    ("link", "b/b", "a/d\udcff"),
+)
+
+# A step is a plain value, so that a failure can be read; one that does not fit what is there does nothing. Names are
+# few, so that steps meet.
 
 names = st.sampled_from(["a", "b", "c", "d\udcff", "e f"])
-paths = st.lists(names, min_size=1, max_size=3).map("/".join)
+paths = st.lists(names, min_size=1, max_size=3).map("/".join) | st.sampled_from([step[1] for step in FIRST_STEPS])
 modes = st.sampled_from([0o644, 0o600, 0o755, 0o4755, 0o2755, 0o1777, 0o000])
 owners = st.sampled_from([0, 1, 1000, 65534, 2**31]) if ROOT else st.just(os.getuid())
 # Around the borders of blocks and pieces.
@@ -124,9 +141,10 @@ steps = st.one_of(
 )
 
 
-def perform(root: Path, step: tuple[Any, ...]) -> None:
-    with contextlib.suppress(OSError, shutil.Error, shutil.SameFileError):
-        _perform(root / step[1], root, step)
+def perform(root: Path, *to_do: tuple[Any, ...]) -> None:
+    for step in to_do:
+        with contextlib.suppress(OSError):
+            _perform(root / step[1], root, step)
 
 
 def _perform(path: Path, root: Path, step: tuple[Any, ...]) -> None:
