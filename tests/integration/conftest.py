@@ -1,6 +1,5 @@
 """Fixtures that several integration tests share."""
 
-import contextlib
 import shutil
 from collections.abc import Iterator
 
@@ -18,5 +17,3 @@ def two_hosts() -> Iterator[TwoHosts]:
             yield hosts
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            directory.parent.rmdir()

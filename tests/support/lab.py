@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -220,7 +220,5 @@ def lab_of_two_hosts(directory: Path) -> Iterator[TwoHosts]:
 
 
 def disk_directory() -> Path:
-    """Where the session's lab lives: below /var/lib, which is on a disk also where /tmp is not."""
-    place = Path("/var/lib/cmigrate-test") / str(os.getpid())
-    place.mkdir(parents=True)
-    return place
+    """A new directory below /var/lib, which is on a disk also where /tmp is not: the session's lab lives in it."""
+    return Path(tempfile.mkdtemp(prefix="cmigrate-test-", dir="/var/lib"))
