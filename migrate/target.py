@@ -229,6 +229,6 @@ def handle_preflight(asked: Asked, message: Mapping[str, Any]) -> None:
     from migrate.preflight import target_findings
 
     question = messages.Preflight.parse(message)
-    findings = target_findings(asked.host, Containers(asked.host), question.facts)
+    findings = target_findings(asked.host, Containers(asked.host), question.facts, mode=question.mode)
     answer = messages.Findings(findings=tuple(finding.to_json() for finding in findings), versions=versions())
     asked.answer(answer.to_message())

@@ -156,11 +156,13 @@ def _started(course: _Course) -> MoveStarted:
 
 def _check(containers: Containers, container: Container, session: Session, course: _Course, held: Held) -> None:
     """Preflight on both hosts; raises MoveRefused with all blockers of both at once."""
-    facts = preflight.source_facts(containers, container)
-    question = messages.Preflight(spec=container.spec, mode=course.mode, memory_bytes=course.memory_bytes, facts=facts)
+    seen = preflight.check_source(containers, container, mode=course.mode)
+    question = messages.Preflight(
+        spec=container.spec, mode=course.mode, memory_bytes=course.memory_bytes, facts=seen.facts
+    )
     deadline = Deadline.after(PREFLIGHT_TIMEOUT_S)
     session.channel.send(Frame.control(question.to_message()), deadline=deadline)
-    here = [finding.to_json() for finding in preflight.source_findings(containers, container)]
+    here = [finding.to_json() for finding in seen.findings]
     answer = messages.Findings.parse(session.channel.receive(deadline=deadline).message())
     course.versions = replace(
         course.versions,

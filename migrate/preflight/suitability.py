@@ -77,53 +77,68 @@ def judge_target(wanted: SourceFacts, view: TargetView, mode: str) -> list[Findi
 
 def _machine(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
     if wanted.arch != view.arch:
-        yield blocker("arch", f"the source is {wanted.arch}, this host {view.arch}", "choose a host of the same kind")
+        yield blocker(
+            "arch", f"the source is {wanted.arch}, {view.host.name} is {view.arch}", "choose a host of the same kind"
+        )
     elif wanted.page_bytes != view.page_bytes:
         yield blocker(
             "arch",
-            f"memory pages are {wanted.page_bytes} bytes on the source, {view.page_bytes} here",
+            f"memory pages are {wanted.page_bytes} bytes on the source, {view.page_bytes} on {view.host.name}",
             "choose a host whose kernel has the same page size",
         )
 
 
 def _criu(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
     if view.criu is None:
-        yield blocker("criu", f"CRIU does not work here: {view.criu_error}", view.criu_hint or "run scripts/setup here")
+        yield blocker(
+            "criu",
+            f"CRIU does not work on {view.host.name}: {view.criu_error}",
+            view.criu_hint or "run scripts/setup there",
+        )
         return
     if view.criu.check_error:
-        yield blocker("criu", f"CRIU's own check fails here: {view.criu.check_error}", "run cmigrate doctor here")
+        yield blocker(
+            "criu", f"CRIU's own check fails on {view.host.name}: {view.criu.check_error}", "run cmigrate doctor there"
+        )
     # CRIU reads the images of older versions; nobody promises the reverse, and 4.2 did change its page maps.
     if view.criu.version[:2] < wanted.criu_version[:2]:
         theirs = ".".join(str(part) for part in wanted.criu_version)
         yield blocker(
             "criu-version",
-            f"CRIU is {view.criu.version_text} here and {theirs} on the source: older ones may not read newer images",
+            f"CRIU is {view.criu.version_text} on {view.host.name} and {theirs} on the source: "
+            "older ones may not read newer images",
             "run scripts/setup on both hosts, so that both have the newer CRIU",
         )
     if "timens" in view.criu.missing:
-        yield warning("time-namespace", "no time namespaces here: monotonic clocks in the container will jump")
+        yield warning("time-namespace", f"no time namespaces on {view.host.name}: monotonic clocks will jump")
 
 
 def _cpu(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
     if wanted.arch != view.arch:
         return
     missing = [flag for flag in wanted.cpu_flags if flag not in view.cpu_flags]
-    text = f"; missing here: {named(missing, MAX_FLAGS)}" if missing else ""
+    text = f"; it lacks {named(missing, MAX_FLAGS)}" if missing else ""
     remedy = "choose a host whose CPU can all the source's can, or give both the same CPU model in their hypervisor"
     if view.cpu_error:
-        yield blocker("cpu", f"the CPU here does not fit: {view.cpu_error}{text}", remedy)
+        yield blocker("cpu", f"the CPU of {view.host.name} does not fit: {view.cpu_error}{text}", remedy)
     elif missing and (not wanted.cpuinfo or view.criu is None or not view.criu.cpuinfo):
         # CRIU describes no CPUs on this architecture: the kernel's list is all there is.
-        yield blocker("cpu", f"the CPU here lacks {named(missing, MAX_FLAGS)}", remedy)
+        yield blocker("cpu", f"the CPU of {view.host.name} lacks {named(missing, MAX_FLAGS)}", remedy)
 
 
 def _features(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
-    yield from (finding for finding in judge_kernel(view.kernel) if finding.level == "blocker")
+    for finding in judge_kernel(view.kernel):
+        if finding.level == "blocker":
+            yield dataclasses.replace(finding, what=f"{view.host.name}: {finding.what}")
     if "compat_cr" in wanted.needs and view.criu is not None and "compat_cr" in view.criu.missing:
-        yield blocker("32-bit", "the container runs 32-bit programs, which CRIU cannot restore here", "use 64-bit ones")
+        yield blocker(
+            "32-bit",
+            f"the container runs 32-bit programs, which CRIU cannot restore on {view.host.name}",
+            "use 64-bit ones",
+        )
     if "ipv6" in wanted.needs and not view.has_ipv6:
         yield blocker(
-            "ipv6", "the container has IPv6 sockets, and this host has no IPv6", "boot without ipv6.disable=1"
+            "ipv6", f"the container has IPv6 sockets, and {view.host.name} has no IPv6", "boot without ipv6.disable=1"
         )
 
 
@@ -132,14 +147,15 @@ def _room(wanted: SourceFacts, view: TargetView, mode: str) -> Iterator[Finding]
     if memory > view.room.memory_bytes:
         yield blocker(
             "memory",
-            f"the container needs {size(memory)} of memory, {size(view.room.memory_bytes)} are free here",
-            "stop something here, or choose a larger host",
+            f"the container needs {size(memory)} of memory, {view.host.name} has {size(view.room.memory_bytes)} free",
+            "stop something there, or choose a larger host",
         )
     disk = wanted.upper_bytes + SLACK_BYTES + (wanted.memory_bytes if mode == "stopcopy" else 0)
     if disk > view.room.state_bytes:
         yield blocker(
             "disk",
-            f"the container needs {size(disk)} in {view.host.state_dir}, {size(view.room.state_bytes)} are free here",
+            f"the container needs {size(disk)} in {view.host.state_dir} of {view.host.name}, "
+            f"{size(view.room.state_bytes)} are free",
             "free space there" + (", or move with --mode diskless" if mode == "stopcopy" else ""),
         )
     if mode != "stopcopy":
@@ -148,8 +164,8 @@ def _room(wanted: SourceFacts, view: TargetView, mode: str) -> Iterator[Finding]
         yield blocker(
             "huge-pages",
             f"the container needs {size(wanted.hugetlb_bytes)} of huge pages, "
-            f"{size(view.room.huge_page_bytes)} are free here",
-            "reserve them: sysctl vm.nr_hugepages",
+            f"{size(view.room.huge_page_bytes)} are free on {view.host.name}",
+            "reserve them there: sysctl vm.nr_hugepages",
         )
 
 
@@ -160,27 +176,31 @@ def _room_in_memory(wanted: SourceFacts, view: TargetView) -> Iterator[Finding]:
     if not view.room.run_is_tmpfs:
         yield blocker(
             "run-dir",
-            f"{run_dir} is no tmpfs: pages of the container would reach a disk",
-            f"mount -t tmpfs -o mode=711 tmpfs {run_dir}, or move with --mode stopcopy",
+            f"{run_dir} of {view.host.name} is no tmpfs: pages would reach a disk",
+            f"mount -t tmpfs -o mode=711 tmpfs {run_dir} there, or move with --mode stopcopy",
         )
     elif wanted_bytes > view.room.run_bytes:
         yield blocker(
             "run-dir",
-            f"the pages of the container need {size(wanted_bytes)} in {run_dir}, "
+            f"the pages of the container need {size(wanted_bytes)} in {run_dir} of {view.host.name}, "
             f"which has {size(view.room.run_bytes)} free",
-            f"mount -o remount,size=90% the tmpfs of {run_dir}, or move with --mode stopcopy",
+            "enlarge it (mount -o remount,size=90%), or move with --mode stopcopy",
         )
 
 
 def _name(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
     spec = wanted.spec
     for holder in view.holders:
-        what = "a container that is on its way here" if holder.arriving else f"container {holder.id}"
+        what = "a container that is on its way there" if holder.arriving else f"container {holder.id}"
         if holder.id == spec.id:
-            yield blocker("id", f"this very container ({spec.id}) is here already", f"cmigrate inspect {spec.id}")
+            yield blocker(
+                "id", f"this very container ({spec.id}) is on {view.host.name} already", f"cmigrate inspect {spec.id}"
+            )
         elif holder.name == spec.name:
             yield blocker(
-                "name", f"the name {spec.name} is taken by {what}", f"cmigrate rm {spec.name} there, or rename"
+                "name",
+                f"the name {spec.name} is taken on {view.host.name} by {what}",
+                f"cmigrate rm {spec.name} there, if it is not needed",
             )
 
 
@@ -195,22 +215,28 @@ def _address(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Find
         return
     for holder in view.holders:
         if holder.network is not None and _ip(holder.network.address) == address and holder.id != wanted.spec.id:
-            yield blocker("address", f"{address} belongs to container {holder.name} here", f"cmigrate rm {holder.name}")
+            yield blocker(
+                "address",
+                f"{address} belongs to container {holder.name} of {view.host.name}",
+                f"cmigrate rm {holder.name} there, if it is not needed",
+            )
     # On a shared network it is the container itself, still on the source, that answers.
     if view.address_at and view.address_at != network.mac.lower():
         yield blocker(
-            "address", f"{address} is in use on {view.host.bridge}, by {view.address_at}", "free the address there"
+            "address",
+            f"{address} is in use on the network of {view.host.name}, by {view.address_at}",
+            "free the address there",
         )
     if address not in ipaddress.ip_network(view.host.subnet, strict=False):
         yield blocker(
             "subnet",
-            f"{address} is not in {view.host.subnet}, which {view.host.bridge} carries here",
+            f"{address} is not in {view.host.subnet}, the subnet of {view.host.name}",
             "set the same subnet in config.toml of both hosts",
         )
     elif network.gateway != view.host.gateway:
         yield warning(
             "gateway",
-            f"the container's way out is {network.gateway}, which is not this host's gateway ({view.host.gateway})",
+            f"the container's way out is {network.gateway}, and the gateway of {view.host.name} is {view.host.gateway}",
             "set the same gateway in config.toml of both hosts",
         )
 
@@ -227,9 +253,13 @@ def _ports(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Findin
         text = f"{port.protocol} port {port.host_port}"
         owner = next((holder.name for holder in view.holders for other in holder.ports if _clash(port, other)), "")
         if owner:
-            yield blocker("port", f"{text} is published by container {owner} here", f"cmigrate stop {owner} there")
+            yield blocker(
+                "port",
+                f"{text} of {view.host.name} is published by its container {owner}",
+                f"cmigrate stop {owner} there",
+            )
         elif port.host_port in view.bound_ports.get(port.protocol, ()):
-            yield blocker("port", f"{text} is in use by a program of this host", "stop that program")
+            yield blocker("port", f"{text} of {view.host.name} is in use by a program there", "stop that program")
 
 
 def _clash(one: PortMapping, other: PortMapping) -> bool:
@@ -241,14 +271,17 @@ def _clash(one: PortMapping, other: PortMapping) -> bool:
 def _rootfs(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding]:
     rootfs = wanted.spec.rootfs
     if not view.rootfs_exists:
-        yield blocker("rootfs", f"the root directory {rootfs} is not here", "copy it here, to the same path")
+        yield blocker(
+            "rootfs", f"the root directory {rootfs} is not on {view.host.name}", "copy it there, to the same path"
+        )
         return
     differing = [text for file in wanted.files if (text := difference(file, view.files.get(file.path)))]
     if differing:
-        where = "this host's own root" if rootfs == "host" else rootfs
+        where = "the root" if rootfs == "host" else rootfs
         yield blocker(
             "files",
-            f"{len(differing)} of {len(wanted.files)} files in use differ in {where}: {named(differing)}",
+            f"{len(differing)} of {len(wanted.files)} files in use differ in {where} of {view.host.name}: "
+            f"{named(differing)}",
             "install the same packages in the same versions on both hosts",
         )
     if not wanted.files_complete:
@@ -272,7 +305,7 @@ def _volumes(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Find
     if view.missing_volumes:
         yield blocker(
             "volumes",
-            f"not here: {named(view.missing_volumes)}",
+            f"not on {view.host.name}: {named(view.missing_volumes)}",
             "mount the shared storage at the same path; what is in volumes does not move",
         )
     elif wanted.spec.volumes:
@@ -288,7 +321,7 @@ def _clock(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Findin
         direction = "ahead of" if ahead > 0 else "behind"
         yield warning(
             "clock",
-            f"the clock here is {abs(ahead)} s {direction} the source's: the container's time of day will jump",
+            f"the clock of {view.host.name} is {abs(ahead)} s {direction} the source's: the time of day will jump",
             "synchronise both clocks, with chrony for example",
         )
 
