@@ -34,6 +34,8 @@ EXAMPLES: list[Message] = [
     messages.Findings(findings=(FINDING,), versions={"criu": "4.2"}),
     messages.Offer(move_id="abc", epoch=1, mode="stopcopy", spec=SPEC, memory_bytes=1 << 40),
     messages.Prepared(move_id="abc", versions={"kernel": "6.12"}),
+    messages.Frozen(move_id="abc"),
+    messages.Holding(move_id="abc"),
     messages.FrozenState(
         mounts=(ExternalMount(key="mask/proc/kcore", point="/proc/kcore"),),
         pipes=(11, 2**63),
