@@ -17,6 +17,8 @@ from runtime.host import load_host_config
 # docker's back-off: 100 ms doubled each time, at most a minute.
 FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 60.0
+# A foreground `cmigrate run --rm` shows the rest of the log first; its reader may be slow.
+ATTACHED_WAIT_S = 60.0
 
 
 def restart_delay_s(container: Container) -> float | None:
@@ -40,6 +42,7 @@ def main(container_id: str) -> int:
                 return 0
             containers.clean_up(container.id)
             if container.spec.auto_remove:
+                containers.wait_until_unattached(container.id, ATTACHED_WAIT_S)
                 containers.store.remove(container.id)
                 return 0
         delay = restart_delay_s(container)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,10 +111,15 @@ class Containers:
             raise
         return container
 
-    def run(self, spec: ContainerSpec) -> Container:
-        """``create`` and ``start``; a container whose first process can not be started is gone again."""
+    def run(self, spec: ContainerSpec, *, before_start: Callable[[str], object] | None = None) -> Container:
+        """``create`` and ``start``; a container whose first process can not be started is gone again.
+
+        ``before_start`` is called with the id while nothing runs yet.
+        """
         self.create(spec)
         try:
+            if before_start is not None:
+                before_start(spec.id)
             return self.start(spec.id)
         except BaseException:
             self.remove(spec.id, force=True)
@@ -221,14 +227,43 @@ class Containers:
     def wait(self, reference: str) -> int:
         """Block until the container has ended; its exit code."""
         container = self.get(reference)
-        if container.state.status in (Status.RUNNING, Status.PAUSED):
-            with contextlib.suppress(WrongState):
-                answer = ask_monitor(self.host, container.id, "wait", timeout_s=None)
-                return int(answer["exit_code"])
+        while container.state.exit_code is None:
+            if container.state.status in (Status.RUNNING, Status.PAUSED):
+                with contextlib.suppress(WrongState):
+                    answer = ask_monitor(self.host, container.id, "wait", timeout_s=None)
+                    return int(answer["exit_code"])
+            # Its first process is gone, and the monitor is about to say so, unless that is gone as well.
+            state = container.state
+            recording = process_start_ticks(state.monitor_pid) == state.monitor_start_ticks != 0
             container = self.get(container.id)
-        if container.state.exit_code is None:
-            raise WrongState(f"container {container.name} is {container.state.status} and has no exit code")
+            if container.state.exit_code is None and not recording:
+                raise WrongState(f"container {container.name} is {container.state.status} and has no exit code")
+            time.sleep(POLL_S)
         return container.state.exit_code
+
+    @contextlib.contextmanager
+    def attached(self, container_id: str) -> Iterator[None]:
+        """While held, a container with ``auto_remove`` that has ended is not removed: its end and log can be read."""
+        fd = os.open(self.store.directory(container_id) / "attached", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(fd)
+
+    def wait_until_unattached(self, container_id: str, timeout_s: float) -> None:
+        """Until nobody holds ``attached``, but no longer than ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(self.store.directory(container_id) / "attached", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                while time.monotonic() < deadline:
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        return
+                    time.sleep(POLL_S)
+            finally:
+                os.close(fd)
 
     def clean_up(self, container_id: str) -> None:
         """Remove what a container that does not run may have left in kernel and run directory. Idempotent."""

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -110,11 +110,13 @@ def run_command(command: tuple[str, ...], detach: bool, **options: Any) -> int:
         from runtime.specify import new_spec
 
         containers = Containers(open_host())
-        container = containers.run(new_spec(containers, argv=command, **fields))
+        spec = new_spec(containers, argv=command, **fields)
         if detach:
-            click.echo(container.id)
+            click.echo(containers.run(spec).id)
             return 0
-        return attend(containers, container)
+        with ExitStack() as attached:
+            container = containers.run(spec, before_start=lambda new: attached.enter_context(containers.attached(new)))
+            return attend(containers, container)
 
 
 @contextmanager
