@@ -26,13 +26,17 @@ def over_the_wire(change: Change) -> Change:
     return Change.from_message(msgpack.unpackb(msgpack.packb(change.to_message())))
 
 
+def no_inodes(_snapshot: Snapshot) -> frozenset[int]:
+    return frozenset()
+
+
 def carry(
     source: Path,
     sink: TreeSink,
     old: Snapshot | None = None,
     *,
     sent: SentContent | None = None,
-    always: Callable[[Snapshot], frozenset[int]] = lambda _snapshot: frozenset(),
+    always: Callable[[Snapshot], frozenset[int]] = no_inodes,
     settle: bool = False,
 ) -> tuple[Snapshot, list[Change], int]:
     """One pass. Returns the snapshot, the changes, and how many bytes of content went over."""
