@@ -11,7 +11,9 @@ neither paramiko nor click. Everything else may change. The stable surface for o
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -98,13 +100,23 @@ __all__ = [
 ]
 
 
+class _Api(ModuleType):
+    """Keeps the function ``migrate.checkpoint`` in place when the module of that name is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Api
+
+
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(_WHERE[name])
-    # All of that module at once: importing migrate.checkpoint has just bound that module to a name of the API.
-    globals().update({known: getattr(module, known) for known, where in _WHERE.items() if where == module.__name__})
-    return globals()[name]
+    value = getattr(import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -23,10 +23,12 @@ def checkpoint_command(container: str, output: Path, leave_running: bool, as_jso
     from migrate.checkpoint import checkpoint
 
     with terminated_like_interrupted():
-        checkpoint(host, container, output, leave_running=leave_running)
+        written = checkpoint(host, container, output, leave_running=leave_running)
     size = output.stat().st_size
     if as_json:
-        json_line({"type": "checkpoint", "container": container, "file": str(output), "bytes": size})
+        json_line(
+            {"type": "checkpoint", "id": written.id, "container": written.name, "file": str(output), "bytes": size}
+        )
     else:
         click.echo(f"{output} ({human_bytes(size)})")
 
