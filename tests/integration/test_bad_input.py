@@ -1,6 +1,7 @@
 """Whatever is wrong, or goes wrong on the way: the documented exit code, a clear error, the container alive on the
 source and serving over the connection it had, and nothing left on the target."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +115,30 @@ def test_a_target_without_room_for_the_files_is_a_blocker(two_hosts: TwoHosts, m
         with small_disk(two_hosts, 40):
             done = move(two_hosts, "stays", "--to", "host2", "--mode", mode)
             assert done.returncode in (REFUSED, NO_ROOM), done.stderr
-            assert "room" in done.stderr
+            assert "free" in done.stderr
+            assert "/var/lib/cmigrate" in done.stderr
 
 
 @pytest.mark.parametrize(("mode", "transport"), [("stopcopy", "ssh"), ("diskless", "stream")])
 def test_a_disk_that_fills_up_on_the_way_rolls_back(two_hosts: TwoHosts, mode: str, transport: str) -> None:
     with serving(two_hosts) as container, small_disk(two_hosts, 700) as state:
         container.exec("sh", "-c", "head -c 500000000 /dev/urandom >/var/tmp/large")
-        going = start_move(two_hosts, mode, transport)
-        wait_for(lambda: has_arrived(two_hosts, container.id), going)
-        # Everything but half a megabyte.
-        fill = f"fallocate -l $(( ($(stat -f -c %a {state}) - 128) * 4096 )) {state}/filler"
-        two_hosts.lab.exec("host2", ["sh", "-c", fill], check=True)
-        must_fail(finish(going), ROLLED_BACK, "room")
-        two_hosts.lab.exec("host2", ["rm", f"{state}/filler"], check=True)
+        with started_move(two_hosts, mode, transport) as going:
+            wait_for(lambda: has_arrived(two_hosts, container.id), going)
+            with filled_up(root_of(two_hosts, "host2") / state.relative_to("/")):
+                must_fail(finish(going), ROLLED_BACK, "room", "host2")
+
+
+@contextmanager
+def filled_up(directory: Path) -> Iterator[None]:
+    filler = directory / "filler"
+    try:
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 20))
+        yield
+    finally:
+        filler.unlink()
 
 
 CHANGE_ENTRY = """
@@ -206,8 +217,9 @@ def test_a_peer_that_sends_garbage_or_hangs_is_given_up_in_time(two_hosts: TwoHo
         assert time.monotonic() - begin < 45
 
 
-def start_move(hosts: TwoHosts, mode: str, transport: str) -> subprocess.Popen[str]:
-    """The command in the background, in a group of its own as a shell would start it."""
+@contextmanager
+def started_move(hosts: TwoHosts, mode: str, transport: str) -> Iterator[subprocess.Popen[str]]:
+    """The command in the background, in a group of its own as a shell would start it; over when the block is."""
     argv = ["cmigrate", "move", "stays", "--to", "host2", "--mode", mode, "--transport", transport]
     process: subprocess.Popen[str] = hosts.lab.popen(
         "host1",
@@ -218,16 +230,15 @@ def start_move(hosts: TwoHosts, mode: str, transport: str) -> subprocess.Popen[s
         text=True,
         process_group=0,
     )
-    return process
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def finish(going: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    with going:
-        try:
-            stdout, stderr = going.communicate(timeout=MOVE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            going.kill()
-            raise
+    stdout, stderr = going.communicate(timeout=MOVE_TIMEOUT_S)
     return subprocess.CompletedProcess(going.args, going.returncode, stdout, stderr)
 
 
@@ -269,24 +280,19 @@ CASES = [
 
 
 def sessions_on(hosts: TwoHosts, host: str) -> list[int]:
-    """Processes of the agent that talk with a peer at the moment."""
-    found = []
-    for line in hosts.picture(host)["process"]:
-        pid, *words = line.split()
-        agent = "migrate.serve" in words or "--stdio" in words
-        if agent and "sh" not in words:
-            found.append(int(pid))
-    return found
+    """Processes of the agent that talk with a peer at the moment: of either transport."""
+    lines = [line.split() for line in hosts.picture(host)["process"]]
+    return [int(pid) for pid, *words in lines if "migrate.serve" in words or "--stdio" in words]
 
 
 @pytest.mark.parametrize(("moment", "mode", "transport"), CASES)
 def test_ctrl_c_leaves_the_container_on_the_source(two_hosts: TwoHosts, moment: str, mode: str, transport: str) -> None:
     with serving(two_hosts, mib=300) as container:
         container.exec("sh", "-c", "head -c 200000000 /dev/urandom >/var/tmp/large")
-        going = start_move(two_hosts, mode, transport)
-        wait_for(lambda: MOMENTS[moment](two_hosts, container.id), going)
-        os.killpg(going.pid, signal.SIGINT)
-        done = finish(going)
+        with started_move(two_hosts, mode, transport) as going:
+            wait_for(lambda: MOMENTS[moment](two_hosts, container.id), going)
+            os.killpg(going.pid, signal.SIGINT)
+            done = finish(going)
         assert done.returncode == INTERRUPTED, f"{done.returncode}: {done.stdout}{done.stderr}"
         assert "Traceback" not in done.stderr
 
@@ -295,14 +301,13 @@ def test_ctrl_c_leaves_the_container_on_the_source(two_hosts: TwoHosts, moment: 
 def test_a_target_agent_that_is_killed_in_the_middle_leaves_the_container_on_the_source(
     two_hosts: TwoHosts, moment: str, mode: str, transport: str
 ) -> None:
-    with serving(two_hosts, mib=300) as container, ExitStack() as undo:
+    with serving(two_hosts, mib=300) as container:
         container.exec("sh", "-c", "head -c 200000000 /dev/urandom >/var/tmp/large")
-        going = start_move(two_hosts, mode, transport)
-        undo.callback(going.kill)
-        wait_for(lambda: MOMENTS[moment](two_hosts, container.id), going)
-        for pid in sessions_on(two_hosts, "host2"):
-            os.kill(pid, signal.SIGKILL)
-        must_fail(finish(going), ROLLED_BACK, "runs on")
+        with started_move(two_hosts, mode, transport) as going:
+            wait_for(lambda: MOMENTS[moment](two_hosts, container.id), going)
+            for pid in sessions_on(two_hosts, "host2"):
+                os.kill(pid, signal.SIGKILL)
+            must_fail(finish(going), ROLLED_BACK, "runs on")
         # What it left is undone by the next session on that host.
         two_hosts.cmigrate("host1", "host", "test", "host2")
 
@@ -313,10 +318,10 @@ def test_a_container_moves_as_ever_after_a_move_that_was_called_off(two_hosts: T
         container = two_hosts.run(service, name="stays")
         try:
             for mode, transport in (("diskless", "stream"), ("stopcopy", "ssh")):
-                going = start_move(two_hosts, mode, transport)
-                wait_for(lambda: is_frozen(two_hosts, container.id), going)
-                os.killpg(going.pid, signal.SIGINT)
-                assert finish(going).returncode == INTERRUPTED
+                with started_move(two_hosts, mode, transport) as going:
+                    wait_for(lambda: is_frozen(two_hosts, container.id), going)
+                    os.killpg(going.pid, signal.SIGINT)
+                    assert finish(going).returncode == INTERRUPTED
                 service.check()
             report: dict[str, Any] = container.move("diskless", "stream")
             assert report["outcome"] == "migrated"

@@ -78,9 +78,8 @@ class Probe:
 class TwoHosts:
     """What tests do with the lab."""
 
-    def __init__(self, lab: Lab, directory: Path) -> None:
+    def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        self.directory = directory
         self.client = NetnsClient(lab)
 
     def cmigrate(
@@ -108,11 +107,7 @@ class TwoHosts:
 
     def config(self, host: str) -> HostConfig:
         """The host's settings; its paths are as the host sees them."""
-        shown = self.lab.exec(host, ["cat", "/etc/cmigrate/config.toml"], stdout=subprocess.PIPE, text=True).stdout
-        place = self.directory / f"{host}-config"
-        place.mkdir(exist_ok=True)
-        (place / "config.toml").write_text(shown)
-        return load_host_config(place)
+        return load_host_config(self.lab.directory / host / "etc")
 
     def picture(self, host: str) -> dict[str, list[str]]:
         config = self.config(host)
@@ -214,7 +209,7 @@ def lab_of_two_hosts(directory: Path) -> Iterator[TwoHosts]:
     lab = Lab(directory / "lab")
     try:
         lab.up()
-        yield TwoHosts(lab, directory)
+        yield TwoHosts(lab)
     finally:
         lab.down()
 
