@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +31,7 @@ from runtime.errors import CriuFailed
 from runtime.host import HostConfig
 from runtime.linux.procfs import parse_shared_writable
 from runtime.tree import SentContent, Snapshot, compare, scan
+from runtime.workdir import WorkDirectory
 from transport.api import Deadline, Frame, TransportError
 
 IDLE_TIMEOUT_S = 120.0
@@ -68,11 +68,10 @@ class SourceMove:
         self._make_report = make_report
         self._phase = Phase.INIT
         self._journal = Journal(host.journal_dir, move_id, side="source", epoch=FIRST_EPOCH)
-        # Images without pages are small and stay in memory; those of a stop-copy are files on the disk like any other.
-        base = host.run_dir if mode != "stopcopy" else host.state_dir
-        self._work = Path(base) / "moves" / move_id
+        # Image files of a stop-copy go to the disk like any file; no page of any other move does.
+        self._work = WorkDirectory(host.state_dir / "moves" / move_id if mode == "stopcopy" else None)
         self._out = Outgoing(session.channel, lambda: Deadline.after(IDLE_TIMEOUT_S))
-        self._dump = HeldDump(self._containers, container, criu, self._work)
+        self._dump = HeldDump(self._containers, container, criu, self._work.path)
         self._trees = self._tree_roots()
         self._snapshots: list[Snapshot | None] = [None] * len(self._trees)
         self._sent = [SentContent() for _tree in self._trees]
@@ -179,8 +178,7 @@ class SourceMove:
     def _send_offer(self) -> None:
         spec = self._container.spec
         self._send(messages.Offer(move_id=self._move_id, epoch=FIRST_EPOCH, mode=self._mode, spec=spec))
-        self._undo.callback(shutil.rmtree, self._work, ignore_errors=True)
-        self._work.mkdir(parents=True, mode=0o700)
+        self._undo.callback(self._work.close)
         self._undo.callback(self._dump.rollback)
         if self._mode == "stopcopy":
             self._dump.prepare()
@@ -252,7 +250,7 @@ class SourceMove:
         self._mark("send")
         for number in range(len(self._trees)):
             self._send_tree(number)
-        self._out.images(self._work)
+        self._out.images(self._work.path)
         state = self._container.state
         log = self._containers.store.directory(self._container.id) / "log.jsonl"
         self._out.log(log)
@@ -268,7 +266,7 @@ class SourceMove:
         self._undo.pop_all()
         self._containers.clean_up(self._container.id)
         self._containers.store.remove(self._container.id)
-        shutil.rmtree(self._work, ignore_errors=True)
+        self._work.close()
 
 
 class _PageThread:

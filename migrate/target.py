@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from migrate import messages
@@ -25,6 +23,7 @@ from runtime.container import Containers
 from runtime.criu.binary import find_criu
 from runtime.criu.restore import HeldRestore
 from runtime.errors import CorruptData, CriuFailed
+from runtime.workdir import WorkDirectory
 from transport.api import ChannelClosed, Deadline, DeadlineExpired, Frame, TransportError
 
 # The source may be busy for long between two frames while CRIU walks memory there, but not for ever.
@@ -54,10 +53,10 @@ class TargetMove:
         self._phase = Phase.IDLE
         self._journal = Journal(host.journal_dir, offer.move_id, side="target", epoch=offer.epoch)
         self._directory = self._containers.store.directory(self._spec.id)
-        # Pages must not reach a disk: run_dir is a tmpfs. Image files of a stop-copy go to the disk like any file.
-        base = host.run_dir if offer.mode != "stopcopy" else host.state_dir
-        self._work = Path(base) / "moves" / offer.move_id
-        self._restore = HeldRestore(self._containers, self._spec, self._criu, self._work, self._directory)
+        # Image files of a stop-copy go to the disk like any file; no page of any other move does.
+        on_disk = host.state_dir / "moves" / offer.move_id if offer.mode == "stopcopy" else None
+        self._work = WorkDirectory(on_disk)
+        self._restore = HeldRestore(self._containers, self._spec, self._criu, self._work.path, self._directory)
         self._incoming: Incoming | None = None
         self._state: messages.FrozenState | None = None
         self._running: messages.Running | None = None
@@ -76,7 +75,7 @@ class TargetMove:
             Action.SEND_RUNNING: self._send_running,
             Action.JOURNAL_RESUMED: lambda: self._write("RESUMED"),
             Action.JOURNAL_CONFIRMED: lambda: self._write("CONFIRMED"),
-            Action.DROP_KEPT: lambda: shutil.rmtree(self._work, ignore_errors=True),
+            Action.DROP_KEPT: self._work.close,
             Action.UNDO: self._undo,
             Action.JOURNAL_REFUSED: lambda: self._write("REFUSED", {"why": str(self._error)}),
             Action.SEND_REFUSED: self._send_refused,
@@ -117,12 +116,11 @@ class TargetMove:
         self._containers.store.reserve(self._spec, self._offer.move_id)
         for name in ("upper", "work"):
             (self._directory / name).mkdir(exist_ok=True)
-        self._work.mkdir(parents=True, mode=0o700)
         self._restore.prepare()
         self._incoming = Incoming(
             self._channel,
             trees=[self._directory / "upper", *self._restore.tmpfs_roots()],
-            images=self._work,
+            images=self._work.path,
             log=self._directory / "log.jsonl",
             criu_version=self._criu.version,
             deadline=lambda: Deadline.after(IDLE_TIMEOUT_S),
@@ -165,7 +163,7 @@ class TargetMove:
         if self._incoming is not None:
             self._incoming.close()
         self._containers.store.forget_reservation(self._spec.id, self._offer.move_id)
-        shutil.rmtree(self._work, ignore_errors=True)
+        self._work.close()
 
     def _send_refused(self) -> None:
         with contextlib.suppress(TransportError):

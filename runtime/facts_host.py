@@ -51,8 +51,6 @@ class Room:
     memory_total_bytes: int
     huge_page_bytes: int
     state_bytes: int
-    run_bytes: int
-    run_is_tmpfs: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,8 +251,6 @@ def read_room(host: HostConfig) -> Room:
         memory_total_bytes=memory.get("MemTotal", 0),
         huge_page_bytes=memory.get("HugePages_Free", 0) * memory.get("Hugepagesize", 0),
         state_bytes=_free_bytes(host.state_dir),
-        run_bytes=_free_bytes(host.run_dir),
-        run_is_tmpfs=is_on_tmpfs(host.run_dir),
     )
 
 

@@ -158,33 +158,12 @@ def _room(wanted: SourceFacts, view: TargetView, mode: str) -> Iterator[Finding]
             f"{size(view.room.state_bytes)} are free",
             "free space there" + (", or move with --mode diskless" if mode == "stopcopy" else ""),
         )
-    if mode != "stopcopy":
-        yield from _room_in_memory(wanted, view)
     if wanted.hugetlb_bytes > view.room.huge_page_bytes:
         yield blocker(
             "huge-pages",
             f"the container needs {size(wanted.hugetlb_bytes)} of huge pages, "
             f"{size(view.room.huge_page_bytes)} are free on {view.host.name}",
             "reserve them there: sysctl vm.nr_hugepages",
-        )
-
-
-def _room_in_memory(wanted: SourceFacts, view: TargetView) -> Iterator[Finding]:
-    """Received pages wait in run_dir until they are restored."""
-    run_dir = view.host.run_dir
-    wanted_bytes = wanted.memory_bytes + SLACK_BYTES
-    if not view.room.run_is_tmpfs:
-        yield blocker(
-            "run-dir",
-            f"{run_dir} of {view.host.name} is no tmpfs: pages would reach a disk",
-            f"mount -t tmpfs -o mode=711 tmpfs {run_dir} there, or move with --mode stopcopy",
-        )
-    elif wanted_bytes > view.room.run_bytes:
-        yield blocker(
-            "run-dir",
-            f"the pages of the container need {size(wanted_bytes)} in {run_dir} of {view.host.name}, "
-            f"which has {size(view.room.run_bytes)} free",
-            "enlarge it (mount -o remount,size=90%), or move with --mode stopcopy",
         )
 
 

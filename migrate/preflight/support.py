@@ -156,14 +156,6 @@ def _programs(facts: HostFacts) -> Iterator[Finding]:
 
 def judge_room(host: HostConfig, room: Room) -> Iterator[Finding]:
     """Whether there is room for anything at all; a move asks for more precisely."""
-    if room.run_is_tmpfs:
-        yield ok("run-dir", f"{host.run_dir} is a tmpfs with {size(room.run_bytes)} free")
-    else:
-        yield warning(
-            "run-dir",
-            f"{host.run_dir} is no tmpfs: only --mode stopcopy can move containers here",
-            f"mount -t tmpfs -o mode=711 tmpfs {host.run_dir}",
-        )
     for check, what, free, little in (
         ("disk", f"in {host.state_dir}", room.state_bytes, LITTLE_DISK_BYTES),
         ("memory", "of memory", room.memory_bytes, LITTLE_MEMORY_BYTES),

@@ -23,7 +23,7 @@ MIGRATE_LAYERS = (
     ("", "lab", "experiment"),
     ("cluster",),
     ("serve",),
-    ("wiring", "trust"),
+    ("wiring", "trust", "checkpoint"),
     ("agent", "source", "target"),
     ("links",),
     ("session",),

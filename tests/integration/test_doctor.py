@@ -52,7 +52,7 @@ def test_a_host_that_was_set_up_has_no_blocker(host: HostConfig) -> None:
     findings = doctor(host)
     assert [finding for finding in findings if finding.level == "blocker"] == []
     good = {finding.check for finding in findings if finding.level == "ok"}
-    assert {"criu", "namespaces", "overlayfs", "network", "freezer", "init", "run-dir", "disk", "memory"} <= good
+    assert {"criu", "namespaces", "overlayfs", "network", "freezer", "init", "disk", "memory"} <= good
 
 
 def test_looking_makes_nothing_but_the_cache(host: HostConfig) -> None:

@@ -51,8 +51,6 @@ ROOM = Room(
     memory_total_bytes=2048 * MIB,
     huge_page_bytes=0,
     state_bytes=1024 * MIB,
-    run_bytes=512 * MIB,
-    run_is_tmpfs=True,
 )
 HOST_FACTS = HostFacts(
     criu=HostCriu(features=CRIU, program="/usr/sbin/criu (host)"),

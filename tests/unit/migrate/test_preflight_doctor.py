@@ -70,7 +70,6 @@ def test_what_nothing_stands_in_for_is_a_blocker_with_a_remedy(check: str, chang
         ("dirty-pages", {"kernel": replace(KERNEL, pagemap_scan=False)}, "compared by their hashes instead"),
         ("lazy-pages", {"criu": HostCriu(features=replace(CRIU, lazy_pages=False))}, "filled before"),
         ("init", {"init_program": ""}, "--no-init"),
-        ("run-dir", {"room": replace(ROOM, run_is_tmpfs=False)}, "--mode stopcopy"),
         ("disk", {"room": replace(ROOM, state_bytes=1 << 20)}, "1.0 MiB"),
         ("memory", {"room": replace(ROOM, memory_bytes=1 << 20)}, "1.0 MiB"),
         ("criu-cache", {"criu_cache_is_tmpfs": False}, "50 ms"),

@@ -94,22 +94,16 @@ def test_all_blockers_come_at_once() -> None:
         criu=None,
         criu_error="not installed",
         kernel=replace(KERNEL, overlay_error="ENODEV"),
-        room=replace(ROOM, memory_bytes=0, state_bytes=0, run_is_tmpfs=False),
+        room=replace(ROOM, memory_bytes=0, state_bytes=0),
         holders=(holder(name="web1", network=NETWORK, ports=SPEC.ports),),
         missing_volumes=("/srv/data",),
         files={},
     )
-    expected = ["arch", "criu", "overlayfs", "memory", "disk", "run-dir", "name", "address", "port", "files", "volumes"]
+    expected = ["arch", "criu", "overlayfs", "memory", "disk", "name", "address", "port", "files", "volumes"]
     assert blockers(findings) == expected
 
 
-def test_pages_wait_in_memory_unless_the_mode_is_stopcopy() -> None:
-    on_disk = {"room": replace(ROOM, run_is_tmpfs=False)}
-    small = {"room": replace(ROOM, run_bytes=MIB)}
-    assert blockers(judged("diskless", **on_disk)) == ["run-dir"]
-    assert blockers(judged("diskless", **small)) == ["run-dir"]
-    assert blockers(judged("stopcopy", **on_disk)) == []
-    assert blockers(judged("stopcopy", **small)) == []
+def test_pages_need_room_on_the_disk_only_with_stopcopy() -> None:
     tight = {"room": replace(ROOM, state_bytes=48 * MIB)}
     assert blockers(judged("diskless", **tight)) == []
     assert blockers(judged("stopcopy", **tight)) == ["disk"]
