@@ -1,0 +1,104 @@
+"""Dirty-page tracking: which pages of running processes were written since somebody last asked. Values, a Protocol.
+
+All addresses are in bytes, all pids are this host's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from runtime.memory.ranges import EMPTY, PageRanges
+
+TrackerKind = Literal["uffd-wp", "hash"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untracked:
+    """Ranges about which nothing is known since the last scan, and why."""
+
+    ranges: PageRanges
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessScan:
+    """Private memory of one process, anonymous and of private file mappings. Shared memory is in SegmentScan.
+
+    ``existing``: pages that have content of their own now. A page of the process's private mappings that is not in it
+    reads as zeros (anonymous memory) or as the file (private file mappings): a copy of it is to be forgotten.
+    ``dirty``: existing pages that were written since the last scan; in the first scan all of them.
+    ``untracked``: existing pages that must be taken as dirty, by reason: of new mappings, of a process not tracked.
+    ``vanished``: what was mapped at the last scan and is not now.
+    ``reason``: why the whole process is not tracked; empty when it is.
+    ``shares_memory_with``: another process of the scan that runs in this one's memory (vfork): all else is empty then.
+    """
+
+    pid: int
+    existing: PageRanges = EMPTY
+    dirty: PageRanges = EMPTY
+    untracked: tuple[Untracked, ...] = ()
+    vanished: PageRanges = EMPTY
+    reason: str = ""
+    shares_memory_with: int = 0
+
+    @property
+    def to_copy(self) -> PageRanges:
+        """Pages whose content must be copied (again): dirty ones and untracked ones."""
+        found = self.dirty
+        for part in self.untracked:
+            found = found | part.ranges
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """``processes`` in order of pid. ``gone``: processes of the last scan that have ended."""
+
+    processes: tuple[ProcessScan, ...]
+    gone: tuple[int, ...]
+    took_ms: float
+
+    @property
+    def dirty_pages(self) -> int:
+        """Pages that have to be copied after this scan."""
+        return sum(process.to_copy.pages for process in self.processes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerFacts:
+    """For the report. ``untracked``: pid to reason. ``stop_ms``: how long one thread of each process stood still."""
+
+    kind: TrackerKind
+    armed: int
+    untracked: Mapping[int, str] = field(default_factory=dict)
+    stop_ms: Mapping[int, float] = field(default_factory=dict)
+
+
+class DirtyTracker(Protocol):
+    """Watches the memory of a changing set of processes while they run.
+
+    What is promised: a page whose content differs between the return of one scan and the return of the next is in
+    ``to_copy`` of the next, or no longer in ``existing``. So a copy that is made of ``to_copy`` *after* each scan, with
+    what is not in ``existing`` forgotten, equals the memory after a scan during which nothing runs (the last one).
+    A page may be reported though it has not changed.
+    """
+
+    def arm(self, pids: Iterable[int]) -> None:
+        """Begin to watch these processes. Does not fail for a single process: its reason is in the scan."""
+
+    def scan(self, pids: Iterable[int], *, final: bool = False) -> Scan:
+        """Everything since the last scan, for the processes that exist now (read the cgroup again each time).
+
+        New ones are armed on the way. ``final``: everything is frozen and no other scan will follow, so nothing is
+        armed and nothing in the processes is touched.
+        """
+
+    def copied(self, pid: int, address: int, data: memoryview) -> None:
+        """Tell what was copied out after the last scan, page-aligned; any thread. Needed by trackers that compare."""
+
+    def facts(self) -> TrackerFacts: ...
+
+    def close(self) -> None:
+        """Stop watching. Safe while everything is frozen, and at any time; idempotent."""

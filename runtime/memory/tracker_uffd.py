@@ -1,0 +1,190 @@
+"""Dirty pages by userfaultfd in asynchronous write-protect mode: the kernel remembers writes, nobody is frozen.
+
+Each process is made to open a userfaultfd (remote.py), on which its private memory is registered (watched.py).
+PAGEMAP_SCAN then reads which pages lost their protection and protects them again in the same step. Closing the
+descriptor undoes everything, and so does the end of this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runtime.errors import KernelCallFailed
+from runtime.linux import userfaultfd
+from runtime.linux.pagemap import Pagemap
+from runtime.linux.processes import same_open_file, shares_memory
+from runtime.memory.api import ProcessScan, Scan, TrackerFacts
+from runtime.memory.maps import Mapping, parse_mappings
+from runtime.memory.place import NotInjected
+from runtime.memory.remote import LeftBehind, close_descriptor, make_userfaultfd
+from runtime.memory.tracer_thread import TracerThread
+from runtime.memory.watched import WatchedMemory
+
+NOT_ARMED = "not armed"
+_UFFD_LINK = "anon_inode:[userfaultfd]"
+
+
+@dataclass(kw_only=True)
+class _Task:
+    """A process of the last scan. ``left_behind``: descriptors of ours that it could not close yet."""
+
+    pid: int
+    started: str
+    memory: WatchedMemory
+    stop_ms: float = 0.0
+    left_behind: set[int] = field(default_factory=set)
+
+    @property
+    def armed(self) -> bool:
+        return self.memory.descriptor is not None
+
+
+class UffdTracker:
+    """``runtime.memory.api.DirtyTracker``. For one caller at a time."""
+
+    def __init__(self) -> None:
+        self._tracer = TracerThread()
+        self._tasks: dict[int, _Task] = {}
+
+    def arm(self, pids: Iterable[int]) -> None:
+        for pid in pids:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                task = self._task(pid)
+                if not task.armed and not self._shares_memory_with(task) and self._inject(task):
+                    task.memory.watch(read_mappings(pid))
+
+    def scan(self, pids: Iterable[int], *, final: bool = False) -> Scan:
+        begin = time.perf_counter()
+        known = set(self._tasks)
+        found = []
+        for pid in sorted(pids):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found += self._scan_process(self._task(pid), final=final)
+        alive = {process.pid for process in found}
+        for pid in set(self._tasks) - alive:
+            self._forget(pid)
+        took_ms = (time.perf_counter() - begin) * 1e3
+        return Scan(processes=tuple(found), gone=tuple(sorted(known - alive)), took_ms=took_ms)
+
+    def copied(self, pid: int, address: int, data: memoryview) -> None:
+        """Nothing to do: the kernel says what was written, contents are not compared."""
+
+    def facts(self) -> TrackerFacts:
+        tasks = self._tasks.values()
+        return TrackerFacts(
+            kind="uffd-wp",
+            armed=sum(task.armed for task in tasks),
+            untracked={task.pid: task.memory.reason for task in tasks if task.memory.reason},
+            stop_ms={task.pid: task.stop_ms for task in tasks if task.armed},
+        )
+
+    def close(self) -> None:
+        for pid in list(self._tasks):
+            self._forget(pid)
+        self._tracer.close()
+
+    def _task(self, pid: int) -> _Task:
+        """What is known of the process; nothing, where the pid is another process's now."""
+        started = _stat_fields(pid)[_START_TICKS]
+        task = self._tasks.get(pid)
+        if task is None or task.started != started:
+            self._forget(pid)
+            task = self._tasks[pid] = _Task(pid=pid, started=started, memory=WatchedMemory(pid, None, NOT_ARMED))
+        return task
+
+    def _forget(self, pid: int) -> None:
+        if (task := self._tasks.pop(pid, None)) is not None:
+            task.memory.close()
+
+    def _scan_process(self, task: _Task, *, final: bool) -> list[ProcessScan]:
+        """One; none when the process has ended."""
+        mappings = read_mappings(task.pid)
+        if not mappings:
+            return []
+        if not task.armed:
+            if other := self._shares_memory_with(task):
+                return [ProcessScan(pid=task.pid, shares_memory_with=other)]
+            if not final:
+                self._take_back_descriptors(task)
+                self._inject(task)
+        with Pagemap(task.pid) as pagemap:
+            found = task.memory.scan(pagemap, mappings, final=final)
+        if task.memory.outdated:
+            task.memory.close()
+        return [found]
+
+    def _shares_memory_with(self, task: _Task) -> int:
+        """The process in whose memory this one runs, as between vfork and exec; 0 when its memory is its own."""
+        parent = int(_stat_fields(task.pid)[_PARENT])
+        return parent if parent in self._tasks and shares_memory(task.pid, parent) else 0
+
+    def _inject(self, task: _Task) -> bool:
+        """Give the process a userfaultfd. False: the memory's ``reason`` says why not."""
+        task.memory.close()
+        descriptor, reason = None, ""
+        try:
+            injected = self._tracer.run(lambda: make_userfaultfd(task.pid))
+            descriptor, task.stop_ms = injected.descriptor, injected.stop_ms
+            userfaultfd.enable(descriptor)
+        except LeftBehind as error:
+            task.left_behind.add(error.descriptor)
+            reason = str(error)
+        except (NotInjected, KernelCallFailed) as error:
+            reason = str(error)
+        if reason and descriptor is not None:
+            os.close(descriptor)
+            descriptor = None
+        task.memory = WatchedMemory(task.pid, descriptor, reason)
+        return descriptor is not None
+
+    def _take_back_descriptors(self, task: _Task) -> None:
+        """Close what the process holds of ours: CRIU can not dump a userfaultfd.
+
+        A child that was forked in the moment between the two injected calls has inherited the descriptor.
+        """
+        ours = [other.memory.descriptor for other in self._tasks.values() if other.memory.descriptor is not None]
+        strays = task.left_behind | {
+            number
+            for number in _userfaultfds_of(task.pid)
+            if any(same_open_file(os.getpid(), descriptor, task.pid, number) for descriptor in ours)
+        }
+        for number in strays:
+            with contextlib.suppress(NotInjected):
+                self._close_in(task.pid, number)
+                task.left_behind.discard(number)
+
+    def _close_in(self, pid: int, descriptor: int) -> None:
+        self._tracer.run(lambda: close_descriptor(pid, descriptor))
+
+
+# Fields of /proc/PID/stat after the name (proc_pid_stat(5)), counted from 0.
+_PARENT = 1
+_START_TICKS = 19
+
+
+def _stat_fields(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def read_mappings(pid: int) -> list[Mapping]:
+    """Empty when the process has ended. A leader that ended before its threads has no memory: they have."""
+    text = Path(f"/proc/{pid}/maps").read_text()
+    if not text:
+        for tid in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                text = text or Path(f"/proc/{tid}/maps").read_text()
+    return parse_mappings(text)
+
+
+def _userfaultfds_of(pid: int) -> set[int]:
+    found = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/fd/{name}") == _UFFD_LINK:
+                found.add(int(name))
+    return found
