@@ -1,0 +1,76 @@
+"""When a restore may be lazy, and what the kernel has to be told for it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
+# Below this much memory an eager restore is over sooner than the pager is under way (docs/adr/0011).
+EAGER_BELOW_BYTES = 256 << 20
+# struct flock: type, whence, start, length, pid
+_FLOCK = struct.Struct("hhqqi4x")
+_CHANGING, _RAISED = 0, 1
+
+
+def eager_is_better(memory_bytes: int, cow_shared_bytes: int) -> bool:
+    """Whether to restore with all memory in place: little of it, or much that processes share copy-on-write.
+
+    ``memory_bytes``: what all processes map, counted once; ``cow_shared_bytes``: what a lazy restore would have twice.
+    """
+    return memory_bytes < EAGER_BELOW_BYTES or cow_shared_bytes * 4 > memory_bytes
+
+
+@contextlib.contextmanager
+def lazy_restore_allowed() -> Iterator[None]:
+    """While inside, a task in a user namespace of its own may make the userfaultfd a lazy restore needs.
+
+    That is vm.unprivileged_userfaultfd, one switch for the machine. Counted across processes by locks on the switch
+    itself, because hosts of a lab share it and nothing else; the last one out turns it off, if one of us had turned it
+    on. Raises OSError where /proc/sys cannot be written.
+    """
+    if not SYSCTL.exists():
+        yield  # the kernel has no such restriction
+        return
+    fd = os.open(SYSCTL, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        with _locked(fd):
+            ours = _value(fd) == 0 or _held_by_others(fd, _RAISED)
+            if ours:
+                _lock(fd, fcntl.F_RDLCK, _RAISED)
+                os.pwrite(fd, b"1", 0)
+        try:
+            yield
+        finally:
+            with _locked(fd):
+                _lock(fd, fcntl.F_UNLCK, _RAISED)
+                if ours and not _held_by_others(fd, _RAISED):
+                    os.pwrite(fd, b"0", 0)
+    finally:
+        os.close(fd)
+
+
+def _value(fd: int) -> int:
+    return int(os.pread(fd, 16, 0))
+
+
+def _lock(fd: int, kind: int, byte: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+
+
+def _held_by_others(fd: int, byte: int) -> bool:
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+@contextlib.contextmanager
+def _locked(fd: int) -> Iterator[None]:
+    _lock(fd, fcntl.F_WRLCK, _CHANGING)
+    try:
+        yield
+    finally:
+        _lock(fd, fcntl.F_UNLCK, _CHANGING)

@@ -1,0 +1,190 @@
+"""The caller's side of a pager (pager_main.py): start it before the blackout, hand it stores, and see it through."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from runtime.errors import ProgramFailed, RuntimeFault
+from runtime.memory.store import Store
+
+PROGRAM = Path(__file__).with_name("pager_main.py")
+START_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 10.0
+MAX_MESSAGE_BYTES = 1 << 16
+
+
+class PagerDied(RuntimeFault):
+    """The pager died before all memory was filled; the container has been killed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagerReport:
+    """What a pager did. ``complete_ms``: from the end of the restore until all memory was there; 0 when it is not yet.
+
+    ``faults`` are page faults somebody waited for, ``zero_faults`` those of them for pages that never existed.
+    """
+
+    faults: int
+    zero_faults: int
+    fault_bytes: int
+    filled_bytes: int
+    forks: int
+    moves: int
+    removals: int
+    tasks_left: int
+    complete_ms: float
+
+
+class Pager:
+    """One container's pager. It ends by itself when all memory is filled, also when this object has gone."""
+
+    def __init__(
+        self, cgroups: Sequence[Path], *, record: Path | None = None, output: int = subprocess.DEVNULL
+    ) -> None:
+        """Start it. ``cgroups`` are the directories of the container's that are killed should the pager die (those must
+        exist); ``record`` is a file where that is noted, as JSON with ``what``. Raises ProgramFailed."""
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.settimeout(START_TIMEOUT_S)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-B", str(PROGRAM), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                cwd="/",
+                env={"PATH": os.defpath},
+            )
+        finally:
+            theirs.close()
+        self._report: PagerReport | None = None
+        self._ended = False
+        try:
+            self._tell("guard", cgroups=[str(path) for path in cgroups], record=str(record or ""))
+            self._expect("ready", START_TIMEOUT_S)
+        except BaseException:
+            self.abandon()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Of the guard, whose end is the pager's too."""
+        return self._process.pid
+
+    def fileno(self) -> int:
+        """Readable when the pager has something to say, which ``wait`` then returns without waiting."""
+        return self._control.fileno()
+
+    def add_space(
+        self,
+        vpid: int,
+        store: Store,
+        spans: Iterable[tuple[int, int]],
+        hot: Iterable[tuple[int, int]] = (),
+    ) -> None:
+        """The memory of the task with this pid in the images: (start, end) of each mapping CRIU leaves to the pager.
+
+        ``hot`` are filled first, in this order. The pager consumes the store; the caller may close its own end.
+        """
+        spans, hot = list(spans), list(hot)
+        plan = os.memfd_create("cmigrate-plan", os.MFD_CLOEXEC)
+        with open(plan, "r+b") as file:
+            file.write(b"".join(struct.pack("=QQ", start, end) for start, end in (*spans, *hot)))
+            file.flush()
+            file.seek(0)
+            self._tell("space", [store.fileno(), plan], vpid=vpid, spans=len(spans))
+
+    def listen(self, directory: Path) -> None:
+        """CRIU's work directory: its socket is there when this returns, and the restore may begin."""
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._tell("listen", [descriptor])
+        finally:
+            os.close(descriptor)
+        self._expect("listening", ANSWER_TIMEOUT_S)
+
+    def begin_filling(self) -> None:
+        """The restore is held at its end (post-restore): memory may be filled while nothing runs yet."""
+        self._tell("fill")
+
+    def report(self) -> PagerReport:
+        """How far it is. Raises PagerDied."""
+        if self._report is None and not self._ended:
+            with contextlib.suppress(PagerDied):
+                self._tell("count")
+            self._expect("counters", ANSWER_TIMEOUT_S)
+        assert self._report is not None
+        return self._report
+
+    def wait(self, timeout_s: float) -> PagerReport:
+        """Until all memory is filled. Raises PagerDied, or ProgramFailed when it takes longer."""
+        if not self._ended:
+            self._expect("filled", timeout_s)
+        assert self._report is not None
+        return self._report
+
+    def abandon(self) -> None:
+        """The restore is given up and its tasks are dead: end the pager. Nothing happens when it has ended."""
+        with contextlib.suppress(PagerDied):
+            self._tell("abandon")
+        self._control.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(ANSWER_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Leave the pager to itself: it goes on until it is done. Reaps it when it has ended."""
+        self._control.close()
+        if self._ended:
+            self._process.wait(ANSWER_TIMEOUT_S)
+        else:
+            # It lives on; whoever waits for children of this process must not trip over it.
+            self._process.returncode = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _tell(self, op: str, descriptors: Sequence[int] = (), **details: Any) -> None:
+        try:
+            socket.send_fds(self._control, [json.dumps({"op": op, **details}).encode()], list(descriptors))
+        except OSError as error:
+            raise PagerDied("the pager has ended early") from error
+
+    def _expect(self, event: str, timeout_s: float) -> None:
+        """Read until this event. What comes before it is news that nobody asked for."""
+        self._control.settimeout(timeout_s)
+        while True:
+            try:
+                data = self._control.recv(MAX_MESSAGE_BYTES)
+            except TimeoutError:
+                raise ProgramFailed(f"the pager did not say {event!r} within {timeout_s:g} s") from None
+            except OSError:
+                data = b""
+            if not data:
+                raise PagerDied("the pager ended without a word", hint="was it killed? see dmesg")
+            message: dict[str, Any] = json.loads(data)
+            said = message.pop("event")
+            if said == "died":
+                self._ended = True
+                raise PagerDied(f"the pager died ({message['what']}) and the container with it")
+            if said in ("counters", "filled"):
+                self._report = PagerReport(**message)
+                self._ended = said == "filled"
+            if said == event or self._ended:
+                return
