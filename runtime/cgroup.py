@@ -7,21 +7,30 @@ wherever it is mounted; the v1 freezer is used only where there is none.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import select
+import re
 import signal
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.api import Limits
-from runtime.errors import KernelCallFailed, MissingFeature, RuntimeFault
+from runtime.errors import BadInput, KernelCallFailed, MissingFeature, RuntimeFault, WrongState
 
-WANTED_V1 = ("memory", "cpu", "pids", "freezer")
+WANTED_V1 = ("memory", "cpu", "cpuacct", "pids", "freezer")
+# What a v2 tree does by itself, controllers or not.
+BUILT_INTO_V2 = ("freezer", "cpuacct")
 WANTED_V2 = ("memory", "cpu", "pids")
 # The kernel's default period of CPU bandwidth control, in microseconds (Documentation/scheduler/sched-bwc.rst).
 CPU_PERIOD_US = 100_000
-POLL_S = 0.002
+MIN_QUOTA_US = 1000
+# The kernel tells of changes in cgroup.events at most every 10 ms (CGROUP_FILE_NOTIFY_MIN_INTV in kernel/cgroup), and
+# freezing takes a fraction of one: look often at first.
+FIRST_LOOK_S, LONGEST_LOOK_S = 0.0001, 0.002
+CREATE_ATTEMPTS = 20
+REMOVE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,9 @@ class CgroupLayout:
         return layout
 
 
+_OCTAL = re.compile(r"\\([0-7]{3})")  # how blanks and the like are written in mountinfo
+
+
 def parse_layout(mountinfo: str) -> CgroupLayout:
     """Read the text of /proc/PID/mountinfo. A hierarchy seen from inside a cgroup namespace counts as it is."""
     v2: Path | None = None
@@ -49,7 +61,7 @@ def parse_layout(mountinfo: str) -> CgroupLayout:
         fields, kinds = left.split(), right.split()
         if len(fields) < 5 or len(kinds) < 3:
             continue
-        point = Path(fields[4].encode().decode("unicode_escape"))
+        point = Path(_OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4]))
         if kinds[0] == "cgroup2" and v2 is None:
             v2 = point
         if kinds[0] == "cgroup":
@@ -78,8 +90,8 @@ class ContainerCgroup:
         self._id = container_id
         self._v2 = layout.v2 / parent / container_id if layout.v2 else None
         self._v2_root = layout.v2
-        controllers = self._v2_controllers()
-        wanted = [name for name in WANTED_V1 if name not in controllers and not (name == "freezer" and self._v2)]
+        elsewhere = (*self._v2_controllers(), *(BUILT_INTO_V2 if self._v2 else ()))
+        wanted = [name for name in WANTED_V1 if name not in elsewhere]
         self._v1 = {name: path / parent / container_id for name, path in layout.v1 if name in wanted}
 
     def _v2_controllers(self) -> tuple[str, ...]:
@@ -94,9 +106,9 @@ class ContainerCgroup:
         return (*([self._v2] if self._v2 else []), *dict.fromkeys(self._v1.values()))
 
     def create(self, limits: Limits) -> None:
-        """Make the directories and set the limits. Idempotent."""
+        """Make the directories and set the limits. Idempotent. Raises MissingFeature, BadInput, KernelCallFailed."""
         for path in self.paths():
-            path.mkdir(parents=True, exist_ok=True)
+            _make_directory(path)
         self._enable_v2_controllers()
         self.set_limits(limits)
 
@@ -113,18 +125,28 @@ class ContainerCgroup:
             directory = directory / part if part else directory
 
     def set_limits(self, limits: Limits) -> None:
-        """Raises MissingFeature naming the limit for which no hierarchy has a controller."""
-        if limits.memory_bytes is not None:
-            self._write("memory", "memory.max", "memory.limit_in_bytes", str(limits.memory_bytes), "--memory")
+        """Make these the limits; None lifts one. Raises MissingFeature naming the limit that nothing here can keep."""
+        if limits.memory_bytes is None:
+            self._try_write("memory", "memory.swap.max", "memory.memsw.limit_in_bytes", "max", "-1")
+            self._try_write("memory", "memory.max", "memory.limit_in_bytes", "max", "-1")
+        else:
+            memory = str(limits.memory_bytes)
+            # On v1 the sum with swap may never be the smaller one: it goes up first and down last.
+            self._try_write("memory", "memory.swap.max", "memory.memsw.limit_in_bytes", "0", memory)
+            self._write("memory", "memory.max", "memory.limit_in_bytes", memory, "--memory")
             # No swap on top, as docker has it without --memory-swap on a host that accounts swap.
-            self._try_write("memory", "memory.swap.max", "memory.memsw.limit_in_bytes", "0", str(limits.memory_bytes))
-        if limits.pids is not None:
+            self._try_write("memory", "memory.swap.max", "memory.memsw.limit_in_bytes", "0", memory)
+        if limits.pids is None:
+            self._try_write("pids", "pids.max", "pids.max", "max", "max")
+        else:
             self._write("pids", "pids.max", "pids.max", str(limits.pids), "--pids-limit")
         self.set_cpu_quota(limits.cpus)
 
     def set_cpu_quota(self, cpus: float | None) -> None:
         """Limit to so many processors; None lifts the limit."""
-        quota = None if cpus is None else max(1000, int(cpus * CPU_PERIOD_US))
+        if cpus is not None and not cpus > 0:
+            raise BadInput(f"{cpus} processors are none", hint="a positive number, such as 0.5")
+        quota = None if cpus is None else max(MIN_QUOTA_US, int(cpus * CPU_PERIOD_US))
         if "cpu" in self._v1:
             self._put(self._v1["cpu"] / "cpu.cfs_period_us", str(CPU_PERIOD_US))
             self._put(self._v1["cpu"] / "cpu.cfs_quota_us", str(-1 if quota is None else quota))
@@ -132,6 +154,26 @@ class ContainerCgroup:
             self._put(self._v2 / "cpu.max", f"{'max' if quota is None else quota} {CPU_PERIOD_US}")
         elif quota is not None:
             raise MissingFeature("--cpus needs the cpu controller, which no cgroup hierarchy here has")
+
+    @contextlib.contextmanager
+    def _unthrottled(self) -> Iterator[None]:
+        """No processor limit inside: a task that has used up its share does not run, and so does not freeze either."""
+        if "cpu" in self._v1:
+            file, unlimited = self._v1["cpu"] / "cpu.cfs_quota_us", "-1"
+        elif self._v2 is not None:
+            file, unlimited = self._v2 / "cpu.max", f"max {CPU_PERIOD_US}"
+        else:
+            yield
+            return
+        limit = _text(file)
+        if not limit or limit.split()[0] in ("-1", "max"):
+            yield
+            return
+        self._put(file, unlimited)
+        try:
+            yield
+        finally:
+            self._put(file, limit)
 
     def _write(self, controller: str, v2_name: str, v1_name: str, value: str, option: str) -> None:
         if controller in self._v1:
@@ -167,61 +209,70 @@ class ContainerCgroup:
         return str(directory) if directory else ""
 
     def freeze(self, timeout_s: float = 10.0) -> None:
-        """Every task is stopped when this returns. Raises RuntimeFault on timeout, with everything thawed."""
-        if self._v2 is None:
-            self._freeze_v1(timeout_s)
-            return
-        events = os.open(self._v2 / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            self._put(self._v2 / "cgroup.freeze", "1")
-            deadline = time.monotonic() + timeout_s
-            poller = select.poll()
-            poller.register(events, select.POLLPRI)
-            while b"frozen 1" not in os.pread(events, 256, 0):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    self.thaw()
-                    raise RuntimeFault(f"container {self._id} could not be frozen within {timeout_s:.0f} s")
-                poller.poll(left * 1000)
-        finally:
-            os.close(events)
+        """Every task is stopped when this returns.
 
-    def _freeze_v1(self, timeout_s: float) -> None:
-        state = self._v1["freezer"] / "freezer.state"
-        deadline = time.monotonic() + timeout_s
-        while True:
-            # Documentation/admin-guide/cgroup-v1/freezer-subsystem.rst: write again until it holds.
-            self._put(state, "FROZEN")
-            if state.read_text().strip() == "FROZEN":
+        Raises RuntimeFault naming who does not stop within ``timeout_s``, with everything thawed; WrongState when
+        the cgroup is gone.
+        """
+        file, word = self._freezer("1", "FROZEN")
+        with self._unthrottled():
+            self._order(file, word)
+            # A v1 freezer may need to be told again (Documentation/admin-guide/cgroup-v1/freezer-subsystem.rst).
+            again = None if self._v2 else lambda: self._order(file, word)
+            if _look_until(self.frozen, timeout_s, again):
                 return
-            if time.monotonic() > deadline:
-                self.thaw()
-                raise RuntimeFault(f"container {self._id} could not be frozen within {timeout_s:.0f} s")
-            time.sleep(POLL_S)
+        running = self._running_tasks()
+        self.thaw()
+        raise RuntimeFault(
+            f"container {self._id} could not be frozen within {timeout_s:g} s: {', '.join(running) or 'it was thawed'}",
+            hint="a task hangs in the kernel: see dmesg, and whether a disk or a server is away",
+        )
+
+    def _freezer(self, v2_word: str, v1_word: str) -> tuple[Path, str]:
+        if self._v2 is not None:
+            return self._v2 / "cgroup.freeze", v2_word
+        return self._v1["freezer"] / "freezer.state", v1_word
+
+    def _order(self, file: Path, word: str) -> None:
+        try:
+            file.write_text(word)
+        except FileNotFoundError:
+            raise WrongState(f"the cgroup of container {self._id} is gone", hint="it has ended") from None
+        except OSError as error:
+            raise KernelCallFailed("write", f"{word} to {file}", error.errno or 0) from error
+
+    def _running_tasks(self) -> list[str]:
+        """Members that are not in a freezer's sleep, as far as /proc tells: those in the kernel (D)."""
+        names = []
+        for pid in self.pids():
+            stat = _text(Path(f"/proc/{pid}/stat"))
+            name, _, rest = stat.partition("(")[2].rpartition(")")
+            if rest.split()[:1] == ["D"] and "freez" not in _text(Path(f"/proc/{pid}/wchan")):
+                names.append(f"{name} (pid {pid})")
+        return names
 
     def thaw(self) -> None:
         """Let tasks run; nothing happens when the cgroup is not there."""
-        with contextlib.suppress(FileNotFoundError):
-            if self._v2 is not None:
-                (self._v2 / "cgroup.freeze").write_text("0")
-            elif "freezer" in self._v1:
-                (self._v1["freezer"] / "freezer.state").write_text("THAWED")
+        file, word = self._freezer("0", "THAWED")
+        with contextlib.suppress(WrongState):
+            self._order(file, word)
 
     def frozen(self) -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            if self._v2 is not None:
-                return "frozen 1" in (self._v2 / "cgroup.events").read_text()
-            return (self._v1["freezer"] / "freezer.state").read_text().strip() == "FROZEN"
-        return False
+        if self._v2 is not None:
+            return "frozen 1" in _text(self._v2 / "cgroup.events")
+        return _text(self._v1["freezer"] / "freezer.state") == "FROZEN"
 
     # Ending
 
     def kill(self) -> None:
-        """SIGKILL to every member, frozen or not."""
+        """SIGKILL to every member, frozen or not. Nothing happens when the cgroup is not there."""
         if self._v2 is not None and (self._v2 / "cgroup.kill").exists():
             with contextlib.suppress(FileNotFoundError):
                 (self._v2 / "cgroup.kill").write_text("1")
             return
+        # Linux before 5.14, and v1. Frozen, nobody makes a child between our look and our signal.
+        with contextlib.suppress(RuntimeFault):
+            self.freeze(timeout_s=1.0)
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -238,12 +289,7 @@ class ContainerCgroup:
 
     def wait_empty(self, timeout_s: float) -> bool:
         """Whether the last member went within so long."""
-        deadline = time.monotonic() + timeout_s
-        while self.pids():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(POLL_S)
-        return True
+        return _look_until(lambda: not self.pids(), timeout_s)
 
     def remove(self) -> None:
         """Remove the directories, and the parents' when they are empty; members must be gone. Idempotent."""
@@ -280,11 +326,12 @@ class ContainerCgroup:
 
     def _cpu_usage_s(self) -> float | None:
         if self._v2 is not None:
-            with contextlib.suppress(OSError, ValueError):
-                for line in (self._v2 / "cpu.stat").read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                for line in _text(self._v2 / "cpu.stat").splitlines():
                     if line.startswith("usage_usec "):
                         return int(line.split()[1]) / 1e6
-        return None
+        nanoseconds = self._number("cpuacct", "", "cpuacct.usage") if "cpuacct" in self._v1 else None
+        return None if nanoseconds is None else nanoseconds / 1e9
 
     def _oom_kills(self) -> int:
         files = ([self._v2 / "memory.events"] if self._v2 else []) + [
@@ -299,16 +346,54 @@ class ContainerCgroup:
         return total
 
 
-def _remove_directory(path: Path) -> None:
-    deadline = time.monotonic() + 1.0
-    while True:
+def _text(file: Path) -> str:
+    """Without the line feed; empty when the file is not there."""
+    with contextlib.suppress(OSError):
+        return file.read_text(errors="replace").strip()
+    return ""
+
+
+def _look_until(condition: Callable[[], bool], timeout_s: float, again: Callable[[], None] | None = None) -> bool:
+    """Whether ``condition`` came true in time; ``again`` is done before every further look."""
+    deadline = time.monotonic() + timeout_s
+    pause = FIRST_LOOK_S
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(pause * 1.5, LONGEST_LOOK_S)
+        if again:
+            again()
+    return True
+
+
+def _make_directory(path: Path) -> None:
+    for _ in range(CREATE_ATTEMPTS):
         try:
-            path.rmdir()
+            path.mkdir(parents=True, exist_ok=True)
             return
         except FileNotFoundError:
-            return
-        except OSError:
-            # The kernel counts a killed member until it is reaped.
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(POLL_S)
+            continue  # the last container of another command went, and the parent with it
+        except OSError as error:
+            raise KernelCallFailed("mkdir", str(path), error.errno or 0) from error
+    raise KernelCallFailed("mkdir", str(path), errno.ENOENT)
+
+
+def _remove_directory(path: Path) -> None:
+    """Raises KernelCallFailed when there are members still."""
+    failed = 0
+
+    def gone() -> bool:
+        nonlocal failed
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            failed = error.errno or 0
+            return False
+        return True
+
+    # The kernel counts a killed member until it is reaped.
+    if not _look_until(gone, REMOVE_TIMEOUT_S):
+        raise KernelCallFailed("rmdir", str(path), failed, hint="a process is in it still")
