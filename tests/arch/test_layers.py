@@ -35,13 +35,15 @@ MIGRATE_LAYERS = (
     ("report",),
     ("messages",),
     ("plan", "wire"),
-    ("errors",),
+    ("errors", "costs", "deferral"),
 )
 
 # They decide, others act: nothing here may reach a descriptor, a process, a thread or a clock.
 PURE_MODULES = (
     "migrate/machine.py",
     "migrate/target_machine.py",
+    "migrate/costs.py",
+    "migrate/deferral.py",
     "migrate/precopy.py",
     "migrate/plan.py",
     "migrate/messages.py",
