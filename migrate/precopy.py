@@ -30,6 +30,8 @@ LEAST_GAIN = 0.05
 HYBRID_GAIN = 0.5
 # Throttle so that dirtying runs at this share of the link's rate: each round then leaves 0.6 of the one before.
 THETA = 0.6
+# More of the memory than this dirty in one round says nothing about how fast it is written: it can not get dirtier.
+SATURATED = 0.8
 # A throttled writer whose rate fell by less than this share of what was taken from it waits for something else.
 THROTTLE_EFFECT = 0.25
 _FORECAST_ROUNDS = 50
@@ -156,6 +158,7 @@ class Precopy:
         self.elapsed_s = 0.0
         self.sent_bytes = 0
         self._page_bytes = 0
+        self._memory_bytes = 0
         self._rate_Bps = rate_Bps
         self._switchover_rate_Bps = switchover_rate_Bps
         self._samples = list(samples)
@@ -183,7 +186,10 @@ class Precopy:
         """What to do after this round. Counts it."""
         self._learn(done)
         curve = self.curve
-        now_ms = self._blackout_ms(done.left_bytes + curve.dirty_bytes(self.costs.scan_to_freeze_s))
+        # What is written between the scan and the freeze was mostly written before the scan as well.
+        until_freeze = done.seconds + self.costs.scan_to_freeze_s
+        late_bytes = curve.dirty_bytes(until_freeze) - curve.dirty_bytes(done.seconds)
+        now_ms = self._blackout_ms(done.left_bytes + late_bytes)
         best = self._best_option(done.left_bytes, done.hot_bytes, curve)
         decided = self._decide(done, curve, now_ms, best)
         going_on = decided.kind in (Kind.CONTINUE, Kind.THROTTLE)
@@ -192,6 +198,7 @@ class Precopy:
 
     def _learn(self, done: Round) -> None:
         self.rounds += 1
+        self._memory_bytes = max(self._memory_bytes, done.page_bytes)
         self.elapsed_s += done.seconds
         self.sent_bytes += done.wire_bytes
         self._page_bytes += done.page_bytes
@@ -215,14 +222,13 @@ class Precopy:
     def _option(self, left_bytes: float, kept_bytes: float, curve: DirtyCurve) -> _Option:
         send = max(0.0, left_bytes - kept_bytes)
         seconds = max(send / self.rate_Bps, self.costs.round_s)
-        left = kept_bytes + curve.without_hot(kept_bytes, seconds)
-        again = curve.dirty_bytes(self.costs.scan_to_freeze_s)
+        left = kept_bytes + curve.without_hot(kept_bytes, seconds + self.costs.scan_to_freeze_s)
         return _Option(
             defer_hot=kept_bytes > 0,
             send_bytes=send,
             seconds=seconds,
             left_bytes=left,
-            blackout_ms=self._blackout_ms(left + again),
+            blackout_ms=self._blackout_ms(left),
         )
 
     def _decide(self, done: Round, curve: DirtyCurve, now_ms: float, best: _Option) -> Decision:
@@ -327,11 +333,13 @@ class Precopy:
         allowed_ms = self.budget.downtime_limit_ms - self._blackout_ms(0)
         allowed = allowed_ms / 1000 * self.blackout_rate_Bps
         last = THETA * allowed / max(curve.dirty_bytes(self.costs.round_s), 1.0)
-        return min(1.0, shrink, last)
+        unknown = 0.5 if done.dirty_bytes > SATURATED * self._memory_bytes else 1.0
+        return min(1.0, shrink, last, unknown)
 
     def _without_effect(self, throttle: _Throttle, done: Round) -> bool:
         expected_before = throttle.before.dirty_bytes(done.seconds)
-        if expected_before <= 0 or throttle.asked > 0.9:
+        saturated = done.dirty_bytes > SATURATED * self._memory_bytes
+        if expected_before <= 0 or throttle.asked > 0.9 or saturated:
             return False
         fell = 1 - done.dirty_bytes / expected_before
         asked = 1 - throttle.before.slowed(throttle.asked).dirty_bytes(done.seconds) / expected_before
