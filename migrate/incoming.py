@@ -9,13 +9,13 @@ from typing import Any, BinaryIO
 
 from migrate import messages
 from migrate.errors import ProtocolViolation
-from runtime.criu.images import ImageSetWriter, PageImageWriter
+from migrate.memory_target import PageSink
+from runtime.criu.images import ImageSetWriter
 from runtime.criu.pages import SpaceId
 from runtime.tree import Change
 from runtime.treesink import TreeSink
 from transport.api import Channel, Deadline, Frame, FrameKind
 
-PAGE_BYTES = 4096
 MAX_CHANGES_PER_MESSAGE = 1024
 MAX_RUNS_PER_MESSAGE = 4096
 MAX_FILE_BYTES = 1 << 44
@@ -31,7 +31,7 @@ class Incoming:
         trees: Sequence[Path],
         images: Path,
         log: Path,
-        criu_version: tuple[int, int, int],
+        pages: PageSink,
         deadline: Callable[[], Deadline],
         on_frozen: Callable[[], None],
     ) -> None:
@@ -40,7 +40,7 @@ class Incoming:
         self._roots = list(trees)
         self._sinks = [TreeSink(root) for root in trees]
         self._image_files = ImageSetWriter(images)
-        self._pages = PageImageWriter(images, criu_version)
+        self._pages = pages
         self._space: SpaceId | None = None
         self._log = log
         self._on_frozen = on_frozen
@@ -55,6 +55,7 @@ class Incoming:
             messages.Frozen.TYPE: lambda _message: self._on_frozen(),
             "space": self._open_space,
             "pages": self._receive_pages,
+            "memory": self._receive_memory,
         }
         while True:
             message = self._receive_control()
@@ -65,9 +66,9 @@ class Incoming:
 
     def finish(self) -> None:
         """Everything has arrived: complete the files."""
-        self._pages.finish()
         for sink in self._sinks:
             sink.finish()
+        self._pages.finish()
 
     def _receive_control(self) -> dict[str, Any]:
         frame = self._channel.receive(deadline=self._deadline())
@@ -138,19 +139,36 @@ class Incoming:
         self._pages.open(self._space)
 
     def _receive_pages(self, message: Mapping[str, Any]) -> None:
-        flat = message.get("runs")
-        if self._space is None or not isinstance(flat, list) or len(flat) % 3 or len(flat) > 3 * MAX_RUNS_PER_MESSAGE:
-            raise ProtocolViolation("pages do not fit")
-        if not all(isinstance(number, int) and number >= 0 for number in flat):
-            raise ProtocolViolation("pages do not fit")
-        runs = list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
-        size = sum(pages for _address, pages, _flags in runs) * PAGE_BYTES
-        with self._pages.reserve(self._space, runs) as view:
-            frame = self._receive_data(size, view)
-            if len(frame.body) != size:
-                raise ProtocolViolation(f"{len(frame.body)} bytes of pages came instead of {size}")
+        if self._space is None:
+            raise ProtocolViolation("pages came before their address space was named")
+        runs = _tuples(message.get("runs"), 3)
+        self._pages.pages(self._space, [(run[0], run[1], run[2]) for run in runs], self._receive_whole)
+
+    def _receive_memory(self, message: Mapping[str, Any]) -> None:
+        """Of a running process: pages, and which pages are all zeros now."""
+        pid = message.get("id")
+        if not isinstance(pid, int) or not 0 < pid < 2**31:
+            raise ProtocolViolation("memory does not fit")
+        runs = [(run[0], run[1]) for run in _tuples(message.get("runs"), 2)]
+        zeros = [(run[0], run[1]) for run in _tuples(message.get("zeros"), 2)]
+        self._pages.memory(pid, runs, zeros, self._receive_whole)
+
+    def _receive_whole(self, view: memoryview) -> None:
+        frame = self._receive_data(len(view), view)
+        if len(frame.body) != len(view):
+            raise ProtocolViolation(f"{len(frame.body)} bytes of pages came instead of {len(view)}")
 
     def close(self) -> None:
+        self._pages.close()
         for sink in self._sinks:
             with contextlib.suppress(OSError):
                 sink.close()
+
+
+def _tuples(flat: object, width: int) -> list[tuple[int, ...]]:
+    """A flat list of numbers as tuples of so many."""
+    if not isinstance(flat, list) or len(flat) % width or len(flat) > width * MAX_RUNS_PER_MESSAGE:
+        raise ProtocolViolation("pages do not fit")
+    if not all(isinstance(number, int) and 0 <= number < 2**57 for number in flat):
+        raise ProtocolViolation("pages do not fit")
+    return [tuple(flat[index : index + width]) for index in range(0, len(flat), width)]

@@ -25,6 +25,7 @@ from migrate.wire import (
     list_of,
     map_of,
     read_facts,
+    read_flag,
     real,
     text,
     word,
@@ -75,7 +76,9 @@ MoveId = Annotated[str, word(64)]
 Epoch = Annotated[int, integer(1, 2**63 - 1)]
 Count = Annotated[int, integer(0, 2**63 - 1)]
 ProtocolNumber = Annotated[int, integer(1, 2**31 - 1)]
-ModeName = Annotated[str, choice("stopcopy", "diskless")]
+ModeName = Annotated[str, choice("stopcopy", "diskless", "precopy")]
+Flag = Annotated[bool, Check(read_flag)]
+Time = Annotated[float, Check(real)]
 Spec = Annotated[ContainerSpec, Check(_read_spec, lambda spec: spec.to_json())]
 Facts = Annotated[Mapping[str, Any], Check(read_facts, dict)]
 Versions = Annotated[Mapping[str, str], map_of(text(256))]
@@ -258,6 +261,18 @@ class Running(Message):
     move_id: MoveId
     epoch: Epoch
     marks_ms: Times = field(default_factory=dict)
+    lazy: Flag = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filled(Message):
+    """After RUNNING with ``lazy``: all memory is in place. ``faults`` had to be answered while the container ran."""
+
+    TYPE: ClassVar[str] = "filled"
+    move_id: MoveId
+    fill_ms: Time
+    filled_bytes: Count = 0
+    faults: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +356,7 @@ class Answer(Message):
     state: Standing
 
 
-BULK_TYPES = ("tree-changes", "image", "space", "pages", "log")
+BULK_TYPES = ("tree-changes", "image", "space", "pages", "memory", "log")
 MESSAGES: dict[str, type[Message]] = {
     kind.TYPE: kind
     for kind in (
@@ -356,6 +371,7 @@ MESSAGES: dict[str, type[Message]] = {
         Ready,
         Commit,
         Running,
+        Filled,
         Done,
         Discard,
         Refused,

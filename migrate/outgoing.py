@@ -18,6 +18,7 @@ PAGE_BYTES = 4096
 PAGE_BATCH_BYTES = 4 << 20
 IMAGE_CHUNK_BYTES = 4 << 20
 CHANGES_PER_MESSAGE = 256
+RUNS_PER_MESSAGE = 2048
 
 
 class Outgoing:
@@ -100,10 +101,22 @@ class PageSender:
             if self._used == PAGE_BATCH_BYTES:
                 self.flush()
 
+    def name(self, address: int, pages: int, flags: int) -> None:
+        """A run whose content the target has; joined to the one before where it can be."""
+        if self._runs:
+            last, count, known = self._runs[-1]
+            if known == flags and last + count * PAGE_BYTES == address:
+                self._runs[-1] = (last, count + pages, flags)
+                return
+        self._runs.append((address, pages, flags))
+        if len(self._runs) >= RUNS_PER_MESSAGE:
+            self.flush()
+
     def flush(self) -> None:
         if self._runs:
             flat = [number for run in self._runs for number in run]
             self._outgoing.control({"type": "pages", "runs": flat})
+        if self._used:
             self._outgoing.data("pages", 0, (self._buffer[: self._used],))
         self._runs = []
         self._used = 0

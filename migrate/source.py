@@ -9,19 +9,23 @@ import contextlib
 import gc
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 from migrate import messages
+from migrate.costs import FixedCosts
 from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack
 from migrate.journal import Journal
 from migrate.links import Session
 from migrate.machine import Action, Event, Phase, step
-from migrate.observe import Held, PhaseEnded, PhaseStarted
+from migrate.memory_source import DifferenceSender, LiveMemory
+from migrate.observe import Held, PhaseEnded, PhaseStarted, Progress
 from migrate.outgoing import Outgoing, PageSender
 from migrate.phases import PhaseClock
+from migrate.precopy import Budget, Decision, Kind, Precopy, Round
 from runtime.api import Container
 from runtime.container import Containers
 from runtime.criu.binary import CriuBinary
@@ -30,6 +34,7 @@ from runtime.criu.pages import PageServer, page_socketpair
 from runtime.errors import CriuFailed
 from runtime.host import HostConfig
 from runtime.linux.procfs import parse_shared_writable
+from runtime.memory.tracker import make_tracker
 from runtime.tree import SentContent, Snapshot, compare, scan
 from runtime.workdir import WorkDirectory
 from transport.api import Deadline, Frame, TransportError
@@ -38,6 +43,7 @@ IDLE_TIMEOUT_S = 120.0
 # READY comes after the whole restore, which for an eager restore grows with memory.
 READY_TIMEOUT_S = 600.0
 DISCARD_TIMEOUT_S = 10.0
+FILL_TIMEOUT_S = 3600.0
 FIRST_EPOCH = 1
 
 M = TypeVar("M", bound=messages.Message)
@@ -56,6 +62,7 @@ class SourceMove:
         move_id: str,
         criu: CriuBinary,
         observer: Held,
+        budget: Budget,
         make_report: Callable[[SourceMove], Mapping[str, Any]],
     ) -> None:
         self._containers = Containers(host)
@@ -75,15 +82,21 @@ class SourceMove:
         self._trees = self._tree_roots()
         self._snapshots: list[Snapshot | None] = [None] * len(self._trees)
         self._sent = [SentContent() for _tree in self._trees]
+        self._cgroup = self._containers.cgroup(container.id)
         self._pages: _PageThread | None = None
+        self._live: LiveMemory | None = None
         self._undo = ExitStack()
+        self._budget = budget
         self.clock = PhaseClock()
+        self.rounds = 0
+        self.predicted_ms: float | None = None
+        self.filled: messages.Filled | None = None
         self.running: messages.Running | None = None
         self.prepared: messages.Prepared | None = None
         self._actions: dict[Action, Callable[[], None]] = {
             Action.JOURNAL_PREPARED: lambda: self._write("PREPARED", {"container": container.id, "mode": mode}),
             Action.SEND_OFFER: self._send_offer,
-            Action.COPY: self._copy_files,
+            Action.COPY: self._copy,
             Action.FREEZE_AND_DUMP: self._freeze_and_dump,
             Action.SEND_STATE: self._send_state,
             Action.JOURNAL_COMMITTED: lambda: self._write("COMMITTED"),
@@ -187,7 +200,13 @@ class SourceMove:
         self._undo.callback(ours.close)
         with theirs:
             self._dump.prepare(page_socket=theirs)
-        self._pages = _PageThread(ours, self._criu.version, PageSender(self._out))
+        if self._mode == "precopy":
+            self._live = LiveMemory(self._cgroup.pids, self._out, make_tracker())
+            self._undo.callback(self._live.close)
+            sender: PageSender = DifferenceSender(self._out, self._live)
+        else:
+            sender = PageSender(self._out)
+        self._pages = _PageThread(ours, self._criu.version, sender)
 
     def _send_discard(self) -> None:
         with contextlib.suppress(TransportError):
@@ -198,13 +217,52 @@ class SourceMove:
     def _send_done(self) -> None:
         with contextlib.suppress(TransportError):
             self._send(messages.Done(move_id=self._move_id, epoch=FIRST_EPOCH, report=self._make_report(self)))
+            if self.running is not None and self.running.lazy:
+                # It runs there already; this only tells how long its memory took.
+                self._mark("fill")
+                self.filled = self._hear(messages.Filled, FILL_TIMEOUT_S)
 
     # Doing
 
-    def _copy_files(self) -> None:
-        """The root difference goes over while the container runs; only what changes meanwhile is sent again."""
+    def _copy(self) -> None:
+        """Files go over while the container runs, and memory with pre-copy; only what changes meanwhile goes again."""
         for number in range(len(self._trees)):
             self._send_tree(number)
+        if self._live is not None:
+            self._mark("rounds")
+            self._copy_memory(self._live)
+
+    def _copy_memory(self, live: LiveMemory) -> None:
+        control = Precopy(self._budget, FixedCosts())
+        live.scan()
+        begin = time.monotonic()
+        while True:
+            wire_before = self._out.sent_bytes["pages"]
+            page_bytes = live.send()
+            live.scan()
+            now = time.monotonic()
+            done = Round(
+                seconds=max(now - begin, 1e-4),
+                page_bytes=page_bytes,
+                wire_bytes=self._out.sent_bytes["pages"] - wire_before,
+                dirty_bytes=live.pending_bytes,
+            )
+            begin = now
+            self.rounds += 1
+            decision = control.decide(done)
+            self._show_round(decision)
+            if decision.kind is Kind.STOP and decision.action == "abort":
+                raise MoveRefused("; ".join(decision.reasons) or "pre-copy does not converge")
+            if decision.kind not in (Kind.CONTINUE, Kind.THROTTLE):
+                self.predicted_ms = decision.blackout_ms
+                return
+
+    def _show_round(self, decision: Decision) -> None:
+        sent = self._out.sent_bytes["pages"]
+        seconds = time.monotonic() - self.clock.at("rounds")
+        self._observer.on_event(
+            Progress(phase=f"round {self.rounds}", kind="pages", sent_bytes=sent, rate_Bps=sent / max(seconds, 1e-3))
+        )
 
     def _send_tree(self, number: int) -> None:
         root, before, sent = self._trees[number], self._snapshots[number], self._sent[number]
@@ -216,7 +274,7 @@ class SourceMove:
 
     def _mapped_inodes(self, snapshot: Snapshot) -> frozenset[int]:
         found = set()
-        for pid in self._containers.cgroup(self._container.id).pids():
+        for pid in self._cgroup.pids():
             with contextlib.suppress(OSError):
                 for path in parse_shared_writable(Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")):
                     entry = snapshot.entries.get(path.lstrip("/"))
@@ -237,7 +295,7 @@ class SourceMove:
             self._dump.dump()
             return
         try:
-            self._dump.dump()
+            self._dump.dump(before_walk=self._live.finish if self._live is not None else None)
         except CriuFailed as error:
             # Where the channel broke CRIU only saw its page server refuse: the channel's error is the cause.
             cause = self._pages.wait()

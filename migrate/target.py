@@ -15,6 +15,7 @@ from migrate import messages
 from migrate.errors import MoveRefused
 from migrate.incoming import Incoming
 from migrate.journal import Journal
+from migrate.memory_target import ImagePages, PageSink, StorePages
 from migrate.report import report_from_json
 from migrate.reports import ReportStore
 from migrate.session import Asked, package_version
@@ -23,6 +24,7 @@ from runtime.container import Containers
 from runtime.criu.binary import find_criu
 from runtime.criu.restore import HeldRestore
 from runtime.errors import CorruptData, CriuFailed
+from runtime.memory.pager import Pager
 from runtime.workdir import WorkDirectory
 from transport.api import ChannelClosed, Deadline, DeadlineExpired, Frame, TransportError
 
@@ -31,6 +33,9 @@ IDLE_TIMEOUT_S = 600.0
 # From READY on both sides wait for a few bytes only.
 COMMIT_TIMEOUT_S = 60.0
 DONE_TIMEOUT_S = 60.0
+# Memory fills at a gigabyte a second and more, whatever else the host does.
+FILL_TIMEOUT_S = 3600.0
+LAZY_MODES = ("precopy",)
 
 M = TypeVar("M", bound=messages.Message)
 
@@ -59,6 +64,8 @@ class TargetMove:
         self._restore = HeldRestore(self._containers, self._spec, self._criu, self._work.path, self._directory)
         self._incoming: Incoming | None = None
         self._state: messages.FrozenState | None = None
+        self._pager: Pager | None = None
+        self._stores: StorePages | None = None
         self._running: messages.Running | None = None
         self._error: BaseException | None = None
         move_id, epoch = offer.move_id, offer.epoch
@@ -122,10 +129,18 @@ class TargetMove:
             trees=[self._directory / "upper", *self._restore.tmpfs_roots()],
             images=self._work.path,
             log=self._directory / "log.jsonl",
-            criu_version=self._criu.version,
+            pages=self._page_sink(),
             deadline=lambda: Deadline.after(IDLE_TIMEOUT_S),
             on_frozen=self._hold_packets,
         )
+
+    def _page_sink(self) -> PageSink:
+        if self._offer.mode not in LAZY_MODES:
+            return ImagePages(self._work.path, self._criu.version)
+        # Started now: in the blackout it only has to be told where the pages are.
+        self._pager = Pager(self._containers.cgroup(self._spec.id).paths(), record=self._directory / "pager-died.json")
+        self._stores = StorePages(self._work.path, self._criu.version, self._pager)
+        return self._stores
 
     def _hold_packets(self) -> None:
         self._restore.hold_packets()
@@ -140,7 +155,8 @@ class TargetMove:
         assert self._incoming is not None
         assert self._state is not None
         self._incoming.finish()
-        self._restore.restore(self._state.mounts, self._state.pipes, auto_dedup=True)
+        lazy = self._stores is not None and self._stores.lazy
+        self._restore.restore(self._state.mounts, self._state.pipes, auto_dedup=not lazy, lazy=lazy)
 
     def _wait_for_commit(self) -> None:
         message = self._channel.receive(deadline=Deadline.after(COMMIT_TIMEOUT_S)).message()
@@ -149,8 +165,11 @@ class TargetMove:
             raise MoveRefused("COMMIT came for another move")
         self._on(Event.COMMIT)
         self._on(Event.RELEASED)
+        if self._lazy_pager is not None:
+            self._lazy_pager.begin_filling()
         self._restore.settle()
         self._wait_for_done()
+        self._wait_for_fill()
 
     def _expect(self, kind: type[M], message: Mapping[str, Any]) -> M:
         if message.get("type") == messages.Discard.TYPE:
@@ -160,6 +179,8 @@ class TargetMove:
     def _undo(self) -> None:
         with contextlib.suppress(Exception):
             self._restore.discard()
+        if self._pager is not None:
+            self._pager.abandon()
         if self._incoming is not None:
             self._incoming.close()
         self._containers.store.forget_reservation(self._spec.id, self._offer.move_id)
@@ -182,6 +203,7 @@ class TargetMove:
                 "restore": (marks["restored"] - marks["restore"]) * 1000,
                 "release": (marks["released"] - marks["release"]) * 1000,
             },
+            lazy=self._lazy_pager is not None,
         )
         self._runs_as = state
 
@@ -199,6 +221,26 @@ class TargetMove:
             self._on(Event.DONE)
             with contextlib.suppress(CorruptData):
                 ReportStore(self._host).save(report_from_json(done.report))
+
+    @property
+    def _lazy_pager(self) -> Pager | None:
+        return self._pager if self._stores is not None and self._stores.lazy else None
+
+    def _wait_for_fill(self) -> None:
+        """All memory is in place when this returns, or the pager has died and the container with it."""
+        pager = self._lazy_pager
+        if pager is None:
+            return
+        with pager, contextlib.suppress(TransportError):
+            report = pager.wait(FILL_TIMEOUT_S)
+            self._send(
+                messages.Filled(
+                    move_id=self._offer.move_id,
+                    fill_ms=report.complete_ms,
+                    filled_bytes=report.filled_bytes,
+                    faults=report.faults,
+                )
+            )
 
     def _on_release_failed(self, error: BaseException) -> None:
         """CRIU kills the tree when it can not let it go; where it did so before resuming anything, that is proof that

@@ -65,6 +65,12 @@ def real(value: Any) -> float:
     return float(value)
 
 
+def read_flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise Unfit("neither true nor false")
+    return value
+
+
 def list_of(item: Check, limit: int = MAX_LIST) -> Check:
     def read(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, (list, tuple)) or len(value) > limit:

@@ -13,6 +13,7 @@ from migrate import messages, preflight
 from migrate.errors import InDoubt, MigrateError, MoveRefused, describe
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Warning
+from migrate.precopy import Budget
 from migrate.report import MoveReport, Outcome, PhaseTime, ReportedError, SentBytes, Versions
 from migrate.reports import ReportStore
 from migrate.session import HANDLERS, package_version
@@ -25,7 +26,7 @@ from runtime.errors import BadInput, WrongState
 from runtime.host import HostConfig
 from transport.api import Deadline, Frame
 
-ModeName = Literal["auto", "stopcopy", "diskless"]
+ModeName = Literal["auto", "stopcopy", "diskless", "precopy"]
 PREFLIGHT_TIMEOUT_S = 30.0
 
 
@@ -36,6 +37,7 @@ class MoveOptions:
     mode: ModeName = "auto"
     transport: Literal["auto", "ssh", "stream"] = "auto"
     dry_run: bool = False
+    downtime_limit_ms: float = 300.0
     timeout_s: float = 20.0
 
 
@@ -132,6 +134,7 @@ def _move_locked(
             move_id=course.move_id,
             criu=criu,
             observer=held,
+            budget=Budget(downtime_limit_ms=options.downtime_limit_ms, throttle=False),
             make_report=lambda done: _moved(course, done).to_json(),
         )
         try:
@@ -188,6 +191,7 @@ def _moved(course: _Course, source: SourceMove) -> MoveReport:
     sent = source.sent_bytes
     return replace(
         _report(course, Outcome.MIGRATED),
+        rounds=source.rounds,
         total_ms=(running_at - course.begin) * 1000,
         blackout_ms=(running_at - clock.at("freeze")) * 1000,
         sent_bytes=SentBytes(images=sent["images"], pages=sent["pages"], files=sent["files"], control=sent["control"]),

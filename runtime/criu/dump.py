@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,18 @@ class HeldDump:
         """No frame reaches the container any more; whoever holds them instead is ready."""
         self._network.disconnect()
 
-    def dump(self) -> None:
-        """Until CRIU has written everything; then tasks are held twice, by CRIU and by the freezer."""
+    def dump(self, before_walk: Callable[[], object] | None = None) -> None:
+        """Until CRIU has written everything; then tasks are held twice, by CRIU and by the freezer.
+
+        ``before_walk`` is called when all tasks stand still and CRIU has not looked at their memory yet.
+        """
         session = self._active()
         session.acknowledge()
         self._advance_to("query-ext-files", DUMP_TIMEOUT_S)
         self.marks["seized"] = time.monotonic()
+        if before_walk is not None:
+            before_walk()
+            self.marks["scanned"] = time.monotonic()
         session.acknowledge()
         self._advance_to("post-dump", DUMP_TIMEOUT_S)
         self._held = True

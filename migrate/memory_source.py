@@ -1,0 +1,204 @@
+"""The container's memory on its way out: rounds while it runs, then the difference while it is frozen.
+
+CRIU stays the authority on which pages exist: it walks the frozen memory and offers every page to our page server. Of
+those, pages that the target has and that were not written since are discarded there; only the rest is read and sent.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from migrate.outgoing import PAGE_BATCH_BYTES, PAGE_BYTES, Outgoing, PageSender
+from runtime.criu.page_protocol import PE_LAZY, SpaceId
+from runtime.criu.pages import RunReader, nonzero_runs
+from runtime.memory.api import DirtyTracker, ProcessScan, TrackerFacts
+from runtime.memory.ranges import EMPTY, PageRanges
+
+HELD_FLAG = 1 << 8
+"""Beside CRIU's flags of a run: the target has these pages already, no data follows for them."""
+
+
+class LiveMemory:
+    """Copies memory of running processes: ``scan``, ``send`` what it found, and again. Not thread safe."""
+
+    def __init__(self, pids: Callable[[], list[int]], out: Outgoing, tracker: DirtyTracker) -> None:
+        self._pids = pids
+        self._out = out
+        self._tracker = tracker
+        self._buffer = memoryview(bytearray(PAGE_BATCH_BYTES))
+        self._pending: list[tuple[int, ProcessScan]] = []
+        self.fresh: dict[int, PageRanges] = {}
+        """By pid inside the container: pages of which the target has the present content."""
+
+    @property
+    def pending_bytes(self) -> int:
+        """What the last scan found to copy."""
+        return sum(process.to_copy.bytes for _inside, process in self._pending)
+
+    def scan(self) -> None:
+        """Find what was written since the last scan; from here on the target's copy of it is stale."""
+        self._pending = []
+        for process in self._tracker.scan(self._pids()).processes:
+            inside = pid_inside(process.pid)
+            if inside and not process.shares_memory_with:
+                self._forget_stale(inside, process)
+                self._pending.append((inside, process))
+
+    def send(self) -> int:
+        """Copy what the last scan found; a process that has ended meanwhile is left out. Bytes of memory looked at."""
+        looked_at = self.pending_bytes
+        for inside, process in self._pending:
+            self._copy(inside, process)
+        self._pending = []
+        return looked_at
+
+    def finish(self) -> int:
+        """Everything is frozen: the last scan. Afterwards ``fresh`` is final and nothing is tracked any more.
+
+        Bytes that the target lacks, as far as the tracker knows.
+        """
+        scan = self._tracker.scan(self._pids(), final=True)
+        known: dict[int, PageRanges] = {}
+        dirty = 0
+        for process in scan.processes:
+            inside = pid_inside(process.pid)
+            if inside and not process.reason and not process.shares_memory_with:
+                self._forget_stale(inside, process)
+                known[inside] = self.fresh.get(inside, EMPTY)
+                dirty += process.to_copy.bytes
+        self.fresh = known
+        # Left registered, its marks would look like swapped pages to CRIU.
+        self._tracker.close()
+        return dirty
+
+    def facts(self) -> TrackerFacts:
+        return self._tracker.facts()
+
+    def close(self) -> None:
+        self._tracker.close()
+
+    def _forget_stale(self, inside: int, process: ProcessScan) -> None:
+        before = self.fresh.get(inside, EMPTY)
+        self.fresh[inside] = (before & process.existing) - process.to_copy
+
+    def _copy(self, inside: int, process: ProcessScan) -> None:
+        copied: list[tuple[int, int]] = []
+        try:
+            memory = os.open(f"/proc/{process.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return  # it has ended; the next scan says so
+        try:
+            batch = _Batch(self._out, inside, self._buffer)
+            for start, end in _pieces(process.to_copy):
+                view = batch.room(end - start)
+                try:
+                    got = os.preadv(memory, [view], start) & ~(PAGE_BYTES - 1)
+                except OSError:
+                    continue  # unmapped or guarded since; CRIU will say whether it exists
+                if got:
+                    self._tracker.copied(process.pid, start, view[:got])
+                    batch.add(start, got)
+                    copied.append((start, start + got))
+            batch.flush()
+        finally:
+            os.close(memory)
+        self.fresh[inside] = self.fresh.get(inside, EMPTY) | PageRanges.from_spans(copied)
+
+
+class _Batch:
+    """Pages of one process, read into one buffer and sent together; pages of zeros are named, not sent."""
+
+    def __init__(self, out: Outgoing, inside: int, buffer: memoryview) -> None:
+        self._out = out
+        self._inside = inside
+        self._buffer = buffer
+        self._used = 0
+        self._parts: list[memoryview] = []
+        self._runs: list[int] = []
+        self._zeros: list[int] = []
+
+    def room(self, size: int) -> memoryview:
+        if self._used + size > len(self._buffer):
+            self.flush()
+        return self._buffer[self._used : self._used + size]
+
+    def add(self, address: int, size: int) -> None:
+        """``size`` bytes from ``address`` on lie at the place that ``room`` gave."""
+        view = self._buffer[self._used : self._used + size]
+        position = 0
+        for first, pages in nonzero_runs(view):
+            if first > position:
+                self._zeros += (address + position * PAGE_BYTES, first - position)
+            self._runs += (address + first * PAGE_BYTES, pages)
+            self._parts.append(view[first * PAGE_BYTES : (first + pages) * PAGE_BYTES])
+            position = first + pages
+        if position * PAGE_BYTES < size:
+            self._zeros += (address + position * PAGE_BYTES, size // PAGE_BYTES - position)
+        self._used += size
+
+    def flush(self) -> None:
+        if self._runs or self._zeros:
+            self._out.control({"type": "memory", "id": self._inside, "runs": self._runs, "zeros": self._zeros})
+        if self._parts:
+            self._out.data("pages", 0, self._parts)
+        self._parts, self._runs, self._zeros = [], [], []
+        self._used = 0
+
+
+def _pieces(ranges: PageRanges) -> Iterator[tuple[int, int]]:
+    for start, end in ranges.spans():
+        for address in range(start, end, PAGE_BATCH_BYTES):
+            yield address, min(end, address + PAGE_BATCH_BYTES)
+
+
+def pid_inside(pid: int) -> int:
+    """The pid in the container's own namespace, which the images use; 0 when the process has gone."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("NSpid:"):
+                return int(line.split()[-1])
+    except OSError:
+        pass
+    return 0
+
+
+class DifferenceSender(PageSender):
+    """Consumer of the page server after pre-copy: what the target has is discarded, the rest sent, all of it named."""
+
+    def __init__(self, out: Outgoing, live: LiveMemory) -> None:
+        super().__init__(out)
+        self._live = live
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def open(self, space: SpaceId) -> None:
+        super().open(space)
+        ranges = self._live.fresh.get(space.id, EMPTY) if space.kind == "task" else EMPTY
+        spans = ranges.spans()
+        self._starts = [start for start, _end in spans]
+        self._ends = [end for _start, end in spans]
+
+    def run(self, space: SpaceId, address: int, pages: int, flags: int, source: RunReader) -> None:
+        end = address + pages * PAGE_BYTES
+        while address < end:
+            until, held = self._stretch(address, end)
+            count = (until - address) // PAGE_BYTES
+            if held and flags & PE_LAZY:
+                # What is not lazy may differ from its file by being zero, which a store does not tell from a hole.
+                source.discard(until - address)
+                self.name(address, count, flags | HELD_FLAG)
+            else:
+                super().run(space, address, count, flags, source)
+            address = until
+
+    def _stretch(self, address: int, end: int) -> tuple[int, bool]:
+        """Up to where ``address`` has the same fate, and whether the target has it."""
+        index = bisect_right(self._starts, address) - 1
+        if index >= 0 and address < self._ends[index]:
+            return min(end, self._ends[index]), True
+        if index + 1 < len(self._starts):
+            return min(end, self._starts[index + 1]), False
+        return end, False

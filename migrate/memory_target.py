@@ -1,0 +1,198 @@
+"""The container's memory as it arrives: straight into image files, or into stores that a pager serves from.
+
+A source without pre-copy names and sends each page once, in CRIU's order: ``ImagePages``. With pre-copy pages come at
+any address, again and again, and at the end CRIU's order says which of them exist: ``StorePages``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from migrate.errors import ProtocolViolation
+from migrate.memory_source import HELD_FLAG
+from runtime.criu.images import PageImageWriter
+from runtime.criu.lazy_images import write_lazy_images
+from runtime.criu.page_protocol import PAGE_BYTES, PE_LAZY, SpaceId
+from runtime.memory.lazy import eager_is_better
+from runtime.memory.pager import Pager
+from runtime.memory.ranges import PageRanges
+from runtime.memory.store import Store
+
+Run = tuple[int, int, int]
+"""(address, pages, flags)"""
+Receive = Callable[[memoryview], None]
+"""Fills the memory with what comes next on the channel."""
+MAX_SPACES = 1 << 16
+COPY_PAGES = 1024
+
+
+class PageSink(Protocol):
+    """Where pages go. Everything is from the peer and checked."""
+
+    def open(self, space: SpaceId) -> None: ...
+
+    def pages(self, space: SpaceId, runs: Sequence[Run], receive: Receive) -> None:
+        """Runs in CRIU's order, and the bytes of those that have any."""
+        ...
+
+    def memory(
+        self, pid: int, runs: Sequence[tuple[int, int]], zeros: Sequence[tuple[int, int]], receive: Receive
+    ) -> None:
+        """Pages of a running process: (address, pages) with bytes, and those that are all zeros now."""
+        ...
+
+    def finish(self) -> None:
+        """All has come: the images can be restored when this returns."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ImagePages:
+    """Each page goes once from the channel to its place in an image file."""
+
+    def __init__(self, images: Path, criu_version: tuple[int, int, int]) -> None:
+        self._writer = PageImageWriter(images, criu_version)
+
+    def open(self, space: SpaceId) -> None:
+        self._writer.open(space)
+
+    def pages(self, space: SpaceId, runs: Sequence[Run], receive: Receive) -> None:
+        with self._writer.reserve(space, runs) as view:
+            receive(view)
+
+    def memory(
+        self, pid: int, runs: Sequence[tuple[int, int]], zeros: Sequence[tuple[int, int]], receive: Receive
+    ) -> None:
+        raise ProtocolViolation("memory of a running container came, and the mode has no pre-copy")
+
+    def finish(self) -> None:
+        self._writer.finish()
+
+    def close(self) -> None:
+        pass
+
+
+class StorePages:
+    """Pages wait at their own addresses until the last of them has come.
+
+    ``pager`` is one that was started before; it is used unless an eager restore is better, which ``lazy`` tells after
+    ``finish``.
+    """
+
+    def __init__(self, images: Path, criu_version: tuple[int, int, int], pager: Pager) -> None:
+        self._images = images
+        self._criu_version = criu_version
+        self._pager = pager
+        self._stores: dict[SpaceId, Store] = {}
+        self._runs: dict[SpaceId, list[Run]] = {}
+        self.lazy = False
+
+    def open(self, space: SpaceId) -> None:
+        if space in self._runs or len(self._runs) >= MAX_SPACES:
+            raise ProtocolViolation(f"{space} came twice")
+        self._runs[space] = []
+        self._store(space)
+
+    def _store(self, space: SpaceId) -> Store:
+        if space not in self._stores:
+            if len(self._stores) >= MAX_SPACES:
+                raise ProtocolViolation("too many address spaces")
+            self._stores[space] = Store(str(space))
+        return self._stores[space]
+
+    def memory(
+        self, pid: int, runs: Sequence[tuple[int, int]], zeros: Sequence[tuple[int, int]], receive: Receive
+    ) -> None:
+        store = self._store(SpaceId("task", pid))
+        self._write(store, runs, receive)
+        store.punch((address, pages * PAGE_BYTES) for address, pages in zeros)
+
+    def pages(self, space: SpaceId, runs: Sequence[Run], receive: Receive) -> None:
+        known = self._runs.get(space)
+        if known is None:
+            raise ProtocolViolation(f"pages of {space} came before it was named")
+        known.extend((address, pages, flags & ~HELD_FLAG) for address, pages, flags in runs)
+        sent = [(address, pages) for address, pages, flags in runs if not flags & HELD_FLAG]
+        self._write(self._stores[space], sent, receive)
+
+    @staticmethod
+    def _write(store: Store, runs: Sequence[tuple[int, int]], receive: Receive) -> None:
+        size = sum(pages for _address, pages in runs) * PAGE_BYTES
+        if not size:
+            return
+        with store.scratch(size) as view:
+            receive(view)
+            position = 0
+            for address, pages in runs:
+                end = position + pages * PAGE_BYTES
+                store.write(address, view[position:end])
+                position = end
+
+    def finish(self) -> None:
+        wanted = sum(pages for runs in self._runs.values() for _address, pages, _flags in runs) * PAGE_BYTES
+        self.lazy = not eager_is_better(wanted, 0)
+        if self.lazy:
+            self._finish_lazy()
+        else:
+            self._finish_eager()
+
+    def _finish_eager(self) -> None:
+        """Everything moves from the stores to image files, in CRIU's order."""
+        writer = PageImageWriter(self._images, self._criu_version)
+        for space, runs in self._runs.items():
+            writer.open(space)
+            store = self._stores[space]
+            for batch in _batches(runs):
+                with writer.reserve(space, batch) as view:
+                    position = 0
+                    for address, pages, _flags in batch:
+                        end = position + pages * PAGE_BYTES
+                        store.read_into(address, view[position:end])
+                        position = end
+                store.punch((address, pages * PAGE_BYTES) for address, pages, _flags in batch)
+        writer.finish()
+        self._pager.abandon()
+        self._close_stores()
+
+    def _finish_lazy(self) -> None:
+        eager = {}
+        for space, runs in self._runs.items():
+            spans = [(address, address + pages * PAGE_BYTES, flags) for address, pages, flags in runs]
+            exists = PageRanges.from_spans((start, end) for start, end, _flags in spans)
+            store = self._stores[space]
+            here = PageRanges.from_spans((address, address + size) for address, size in store.runs())
+            # What was copied and is no more would otherwise be served as if it were.
+            store.punch((start, end - start) for start, end in (here - exists).spans())
+            eager[space] = [(start, end) for start, end, flags in spans if not flags & PE_LAZY]
+        named = {space: store for space, store in self._stores.items() if space in self._runs}
+        for lazy in write_lazy_images(self._images, self._criu_version, named, eager=eager):
+            self._pager.add_space(lazy.vpid, named[SpaceId("task", lazy.vpid)], lazy.spans)
+        self._pager.listen(self._images)
+        self._close_stores()
+
+    def _close_stores(self) -> None:
+        """The pager has descriptors of its own by now."""
+        for store in self._stores.values():
+            store.close()
+        self._stores = {}
+
+    def close(self) -> None:
+        self._close_stores()
+
+
+def _batches(runs: Sequence[Run]) -> list[list[Run]]:
+    """In pieces that fit a buffer; a long run is cut."""
+    result: list[list[Run]] = [[]]
+    used = 0
+    for address, pages, flags in runs:
+        while pages:
+            if used == COPY_PAGES:
+                result.append([])
+                used = 0
+            count = min(pages, COPY_PAGES - used)
+            result[-1].append((address, count, flags))
+            address, pages, used = address + count * PAGE_BYTES, pages - count, used + count
+    return [batch for batch in result if batch]
