@@ -456,9 +456,11 @@ class Memory:
         return report
 
     def check(self) -> None:
-        found = self.report()
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while (found := self.report())["writes"] <= self._writes:
+            assert time.monotonic() < deadline, "nothing is written any more"
+            time.sleep(0.05)
         assert (found["cold"], found["hot"]) == (True, True)
-        assert found["writes"] > self._writes
         self._writes = found["writes"]
 
     def close(self) -> None:
