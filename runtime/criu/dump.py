@@ -128,6 +128,8 @@ class HeldDump:
         self._held = False
         with contextlib.suppress(CriuFailed):
             self._until_response(session, FINISH_TIMEOUT_S)
+        # Nothing is left to thaw or to connect: a rollback from here on does nothing.
+        self._frozen = False
         self.marks["finished"] = time.monotonic()
         self.close()
 
