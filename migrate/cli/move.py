@@ -33,7 +33,20 @@ class Noting:
 @click.argument("container")
 @click.option("--to", metavar="HOST", required=True, help="Where to; `cmigrate host ls` lists hosts.")
 @click.option(
-    "--mode", type=click.Choice(["auto", "stopcopy", "diskless"]), default="auto", show_default=True, help="How."
+    "--mode",
+    type=click.Choice(["auto", "stopcopy", "diskless", "precopy"]),
+    default="auto",
+    show_default=True,
+    help="How.",
+)
+@click.option(
+    "--downtime-limit",
+    "downtime_limit_ms",
+    type=click.FloatRange(min=1),
+    metavar="MS",
+    default=300.0,
+    show_default=True,
+    help="precopy: rounds go on until a blackout below this is predicted.",
 )
 @click.option(
     "--transport",
@@ -53,7 +66,14 @@ class Noting:
 )
 @json_option
 def move_command(
-    container: str, to: str, mode: str, transport: str, dry_run: bool, timeout_s: float, as_json: bool
+    container: str,
+    to: str,
+    mode: str,
+    downtime_limit_ms: float,
+    transport: str,
+    dry_run: bool,
+    timeout_s: float,
+    as_json: bool,
 ) -> int:
     """Move a running container to another host.
 
@@ -69,6 +89,7 @@ def move_command(
         mode=mode,  # type: ignore[arg-type]  # click.Choice has checked these two
         transport=transport,  # type: ignore[arg-type]
         dry_run=dry_run,
+        downtime_limit_ms=downtime_limit_ms,
         timeout_s=timeout_s,
     )
     try:
