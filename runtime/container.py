@@ -23,6 +23,7 @@ from runtime.cgroup import CgroupLayout, CgroupStats, ContainerCgroup
 from runtime.errors import Busy, NotFound, RuntimeFault, WrongState
 from runtime.host import HostConfig
 from runtime.network import ContainerNetwork, ensure_bridge
+from runtime.ports import refuse_taken_ports
 from runtime.rootfs import prepare_upper
 from runtime.sandbox.launch import MonitorLaunch, SandboxOrders, ask_monitor
 from runtime.seccomp import capability_set, default_profile
@@ -138,6 +139,9 @@ class Containers:
             return Container(spec=container.spec, state=state)
 
     def _launch(self, spec: ContainerSpec, restarts: int) -> ContainerState:
+        if spec.ports:
+            running = self.list(all_states=False)
+            refuse_taken_ports(spec, [other.spec for other in running if other.id != spec.id])
         ensure_bridge(self.host)
         cgroup = self.cgroup(spec.id)
         cgroup.create(spec.limits)
