@@ -23,7 +23,7 @@ from runtime.tree import Change, Kind, Op, SentContent, Snapshot, digest
 from runtime.treesink import TreeSink
 from tests.support.trees import carry, look, no_inodes, over_the_wire
 
-CHURN = Path(__file__).parents[1] / "workloads/churn.py"
+CHURN = Path(__file__).parents[1] / "workloads/file_churn.py"
 MIB = 1 << 20
 # linux/capability.h, struct vfs_cap_data, revision 2, effective: CAP_NET_BIND_SERVICE
 CAPABILITY = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
