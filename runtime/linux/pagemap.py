@@ -125,7 +125,7 @@ class Pagemap:
         found: list[Bounds] = []
         for first, entries in self._entries(start, end):
             marker = (entries & _PM_PRESENT == 0) & (entries & _PM_SWAP != 0) & (entries & _SWAP_TYPE == _PTE_MARKER)
-            found.append(_runs(first, ~marker & (entries & (_PM_PRESENT | _PM_SWAP) != 0)))
+            found.append(runs(first, ~marker & (entries & (_PM_PRESENT | _PM_SWAP) != 0)))
         return _joined(found)
 
     def own_pages_by_entry(self, start: int, end: int) -> Bounds:
@@ -134,7 +134,7 @@ class Pagemap:
         for first, entries in self._entries(start, end):
             marker = (entries & _PM_PRESENT == 0) & (entries & _SWAP_TYPE == _PTE_MARKER)
             exists = (entries & (_PM_PRESENT | _PM_SWAP) != 0) & (entries & _PM_FILE == 0) & ~marker
-            found.append(_runs(first, exists))
+            found.append(runs(first, exists))
         return _joined(found)
 
     def _entries(self, start: int, end: int) -> list[tuple[int, NDArray[np.uint64]]]:
@@ -169,7 +169,7 @@ def _joined(parts: list[Bounds]) -> Bounds:
     return kept[0] if len(kept) == 1 else np.concatenate(kept)
 
 
-def _runs(start: int, flags: NDArray[np.bool_]) -> Bounds:
+def runs(start: int, flags: NDArray[np.bool_]) -> Bounds:
     """Runs of true, as addresses, when the first flag stands for the page at ``start``."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], flags, [False])).astype(np.int8)))
     return (edges.reshape(-1, 2) * PAGE_BYTES + start).astype(np.uint64)

@@ -12,16 +12,15 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from runtime.errors import KernelCallFailed
 from runtime.linux import userfaultfd
 from runtime.linux.pagemap import Pagemap
-from runtime.linux.processes import same_open_file, shares_memory
+from runtime.linux.processes import same_open_file
 from runtime.memory.api import ProcessScan, Scan, TrackerFacts
-from runtime.memory.maps import Mapping, parse_mappings
 from runtime.memory.place import NotInjected
 from runtime.memory.remote import LeftBehind, close_descriptor, make_userfaultfd
+from runtime.memory.tasks import owner_of_memory, read_address_space, start_ticks
 from runtime.memory.tracer_thread import TracerThread
 from runtime.memory.watched import WatchedMemory
 
@@ -55,8 +54,9 @@ class UffdTracker:
         for pid in pids:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 task = self._task(pid)
-                if not task.armed and not self._shares_memory_with(task) and self._inject(task):
-                    task.memory.watch(read_mappings(pid))
+                space = read_address_space(pid)
+                if space and not task.armed and not owner_of_memory(pid, self._tasks) and self._inject(task):
+                    task.memory.watch(space.mappings)
 
     def scan(self, pids: Iterable[int], *, final: bool = False) -> Scan:
         begin = time.perf_counter()
@@ -90,7 +90,7 @@ class UffdTracker:
 
     def _task(self, pid: int) -> _Task:
         """What is known of the process; nothing, where the pid is another process's now."""
-        started = _stat_fields(pid)[_START_TICKS]
+        started = start_ticks(pid)
         task = self._tasks.get(pid)
         if task is None or task.started != started:
             self._forget(pid)
@@ -103,25 +103,20 @@ class UffdTracker:
 
     def _scan_process(self, task: _Task, *, final: bool) -> list[ProcessScan]:
         """One; none when the process has ended."""
-        mappings = read_mappings(task.pid)
-        if not mappings:
+        space = read_address_space(task.pid)
+        if space is None:
             return []
         if not task.armed:
-            if other := self._shares_memory_with(task):
+            if other := owner_of_memory(task.pid, self._tasks):
                 return [ProcessScan(pid=task.pid, shares_memory_with=other)]
             if not final:
                 self._take_back_descriptors(task)
                 self._inject(task)
-        with Pagemap(task.pid) as pagemap:
-            found = task.memory.scan(pagemap, mappings, final=final)
-        if task.memory.outdated:
-            task.memory.close()
+        with Pagemap(space.tid) as pagemap:
+            found = task.memory.scan(pagemap, space.mappings, final=final)
+            if task.memory.outdated and self._inject(task):
+                found = task.memory.scan(pagemap, space.mappings, final=final)
         return [found]
-
-    def _shares_memory_with(self, task: _Task) -> int:
-        """The process in whose memory this one runs, as between vfork and exec; 0 when its memory is its own."""
-        parent = int(_stat_fields(task.pid)[_PARENT])
-        return parent if parent in self._tasks and shares_memory(task.pid, parent) else 0
 
     def _inject(self, task: _Task) -> bool:
         """Give the process a userfaultfd. False: the memory's ``reason`` says why not."""
@@ -160,25 +155,6 @@ class UffdTracker:
 
     def _close_in(self, pid: int, descriptor: int) -> None:
         self._tracer.run(lambda: close_descriptor(pid, descriptor))
-
-
-# Fields of /proc/PID/stat after the name (proc_pid_stat(5)), counted from 0.
-_PARENT = 1
-_START_TICKS = 19
-
-
-def _stat_fields(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def read_mappings(pid: int) -> list[Mapping]:
-    """Empty when the process has ended. A leader that ended before its threads has no memory: they have."""
-    text = Path(f"/proc/{pid}/maps").read_text()
-    if not text:
-        for tid in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError):
-                text = text or Path(f"/proc/{tid}/maps").read_text()
-    return parse_mappings(text)
 
 
 def _userfaultfds_of(pid: int) -> set[int]:

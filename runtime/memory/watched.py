@@ -97,7 +97,7 @@ class WatchedMemory:
                 userfaultfd.unprotect(self.descriptor, mapping.start, mapping.end)
                 pagemap.protect(mapping.start, mapping.end)
             except KernelCallFailed as error:
-                errors[mapping] = str(error)
+                errors[mapping] = f"{error.call}: {os.strerror(error.errno)}"
         failed = PageRanges.from_spans((mapping.start, mapping.end) for mapping in errors)
         self._believed = (self._believed | spans) - failed
         return errors
