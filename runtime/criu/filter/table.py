@@ -1,0 +1,123 @@
+"""Our side of the page filter: what is handed to CRIU when it starts, and the table of pages it need not look at."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy
+
+from runtime.memory.ranges import PageRanges
+
+VARIABLE = "CMIGRATE_PAGE_FILTER"
+# struct table of page_filter.c: magic, capacity, published, tasks, ranges_at; loaded, calls, filtered, scans,
+# removed_bytes, reserved.
+_HEADER = struct.Struct("=11Q")
+_TASK = struct.Struct("=3Q")
+_MAGIC = 0x314B434142474743
+_PUBLISHED_AT = 16
+_COUNTERS_AT = 40
+# Room for 16 million ranges. It is a sparse file: only what is written takes memory.
+CAPACITY_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterCounters:
+    """What the filter did: ``calls`` of PAGEMAP_SCAN by CRIU, of which it answered ``filtered`` itself with ``scans``
+    real ones; ``removed_bytes`` of address space were answered as known, populated or not."""
+
+    loaded: bool
+    calls: int
+    filtered: int
+    scans: int
+    removed_bytes: int
+
+
+class PageFilter:
+    """For one dump. Start CRIU with ``environment`` and ``pass_fds``, ``publish`` before it looks at memory.
+
+    The object itself is handed over as a memory file too, so that neither odd characters in a path nor a file system
+    mounted noexec (as /run often is) are in its way. The programs that CRIU starts do not get it.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self._fds: list[int] = []
+        self._table: mmap.mmap | None = None
+        try:
+            self._fds.append(os.memfd_create("cmigrate-filter-table"))
+            self._fds.append(os.memfd_create("cmigrate-filter"))
+            table, code = self._fds
+            os.ftruncate(table, CAPACITY_BYTES)
+            os.write(code, library.read_bytes())
+            self._table = mmap.mmap(table, CAPACITY_BYTES)
+            self._table[: _HEADER.size] = _HEADER.pack(_MAGIC, CAPACITY_BYTES, *(0,) * 9)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def environment(self) -> dict[str, str]:
+        table, code = self._fds
+        return {"LD_PRELOAD": f"/proc/self/fd/{code}", VARIABLE: f"{table}:{CAPACITY_BYTES}:{code}"}
+
+    @property
+    def pass_fds(self) -> tuple[int, ...]:
+        return tuple(self._fds)
+
+    def publish(self, known: Mapping[int, PageRanges]) -> None:
+        """Once, after the freeze and before ``query-ext-files`` is acknowledged.
+
+        ``known``: by this host's pid, address ranges that CRIU is to take for empty: whatever exists in them the target
+        has, in its last version. They may cover what is not populated; only private memory is meant, and they are
+        wrong for a page that was written since it was sent. A task that has no room is left out, and dumped in full.
+        """
+        view = self._view()
+        end = CAPACITY_BYTES
+        ranges_at = (_HEADER.size + len(known) * _TASK.size + 15) // 16 * 16
+        tasks: list[bytes] = []
+        first = 0
+        for pid, ranges in known.items():
+            bounds = numpy.ascontiguousarray(ranges.bounds, dtype=numpy.uint64)
+            at = ranges_at + first * 16
+            if not len(bounds) or at + bounds.nbytes > end:
+                continue
+            view[at : at + bounds.nbytes] = bounds.tobytes()
+            tasks.append(_TASK.pack(pid, first, len(bounds)))
+            first += len(bounds)
+        listed = b"".join(tasks)
+        view[_HEADER.size : _HEADER.size + len(listed)] = listed
+        view[24:40] = struct.pack("=2Q", len(tasks), ranges_at)
+        view[_PUBLISHED_AT : _PUBLISHED_AT + 8] = struct.pack("=Q", 1)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether CRIU runs with the filter; known as soon as it has sent anything."""
+        return self.counters().loaded
+
+    def counters(self) -> FilterCounters:
+        loaded, calls, filtered, scans, removed = struct.unpack_from("=5Q", self._view(), _COUNTERS_AT)
+        return FilterCounters(loaded=bool(loaded), calls=calls, filtered=filtered, scans=scans, removed_bytes=removed)
+
+    def _view(self) -> mmap.mmap:
+        if self._table is None:
+            raise ValueError("the page filter is closed")
+        return self._table
+
+    def close(self) -> None:
+        """Idempotent. CRIU's own mapping lives on until CRIU ends."""
+        if self._table is not None:
+            self._table.close()
+            self._table = None
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
