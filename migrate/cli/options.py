@@ -146,7 +146,10 @@ def parse_tmpfs(text: str) -> str:
 def parse_rootfs(text: str) -> str:
     if text == "host":
         return text
-    path = os.path.realpath(text)
+    try:
+        path = os.path.realpath(text)
+    except ValueError:
+        path = ""  # characters that no file name has
     if not os.path.isdir(path):
         raise click.UsageError(f"--rootfs {text!r} is no directory; give one, or 'host'")
     return path
