@@ -24,6 +24,7 @@ from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, restore_request
 from runtime.criu.rpc import CriuSession
 from runtime.errors import CriuFailed
+from runtime.memory.lazy import lazy_restore_allowed
 from runtime.network import ContainerNetwork, ensure_bridge
 from runtime.packets import PacketHold
 from runtime.sandbox.launch import MonitorLaunch, SandboxOrders
@@ -95,20 +96,36 @@ class HeldRestore:
         base = Path(f"/proc/{self.monitor_pid}/root")
         return [Path(f"{base}{self._run_dir}/tmpfs-{n}") for n in range(1 + len(self.spec.tmpfs))]
 
-    def restore(self, mounts: Sequence[ExternalMount], pipes: tuple[int, int], *, auto_dedup: bool = False) -> None:
-        """Bring everything back up to the last moment before an instruction runs. Raises CriuFailed."""
+    def restore(
+        self,
+        mounts: Sequence[ExternalMount],
+        pipes: tuple[int, int],
+        *,
+        auto_dedup: bool = False,
+        lazy: bool = False,
+    ) -> None:
+        """Bring everything back up to the last moment before an instruction runs. Raises CriuFailed.
+
+        ``lazy``: a pager listens in ``images`` and has the private memory (runtime/memory/pager.py).
+        """
         if self._session is None:
             raise CriuFailed("the restore was not prepared")
         self.marks["restore"] = time.monotonic()
         # CRIU opens the directory as /proc/<our pid>/fd/<number>, so it stays open here until then.
         images_fd = os.open(self._images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            self._restore(images_fd, mounts, pipes, auto_dedup)
+            with lazy_restore_allowed() if lazy else contextlib.nullcontext():
+                self._restore(images_fd, mounts, pipes, auto_dedup, lazy)
         finally:
             os.close(images_fd)
 
     def _restore(
-        self, images_fd: int, mounts: Sequence[ExternalMount], pipes: tuple[int, int], auto_dedup: bool
+        self,
+        images_fd: int,
+        mounts: Sequence[ExternalMount],
+        pipes: tuple[int, int],
+        auto_dedup: bool,
+        lazy: bool,
     ) -> None:
         assert self._session is not None
         request = restore_request(
@@ -119,6 +136,7 @@ class HeldRestore:
             mounts=mounts,
             inherited=tuple(zip(pipes, self._sandbox["log_fds"], strict=True)),
             auto_dedup=auto_dedup,
+            lazy=lazy,
         )
         self._session.send(request)
         while True:
@@ -144,6 +162,8 @@ class HeldRestore:
         assert self._session is not None
         assert self._launch is not None
         self.marks["release"] = time.monotonic()
+        # From here on the monitor keeps the container, even if this process dies before CRIU has answered.
+        self._launch.tell("adopt", init_pid=self._init_pid)
         self._session.acknowledge()
         while True:
             event = self._session.next_event(RELEASE_TIMEOUT_S)
@@ -175,7 +195,6 @@ class HeldRestore:
                 self._hold.close()
             self._network.publish(self.spec.ports, self.spec.network)
         self._session.close()
-        self._launch.tell("adopt", init_pid=self._init_pid)
         with self._launch:
             self._launch.expect("started")
         self._network.close()

@@ -77,7 +77,9 @@ class Monitor:
         for _reader, writer in self._pipes:
             os.close(writer)
         service = Service(self._config, self._init_pid, [reader for reader, _writer in self._pipes])
-        self._tell({"event": "started", "init_pid": self._init_pid})
+        with contextlib.suppress(OSError):
+            # A restored container was let go when "adopt" came: it stays, whether or not the caller still lives.
+            self._tell({"event": "started", "init_pid": self._init_pid})
         self._control.close()
         service.loop()
         # Out of the namespace with the container's mounts: what cleans up must see the host's, and the mounts go.
