@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -215,5 +216,5 @@ def lab_of_two_hosts(directory: Path) -> Iterator[TwoHosts]:
 
 
 def disk_directory() -> Path:
-    """A new directory below /var/lib, which is on a disk also where /tmp is not: the session's lab lives in it."""
-    return Path(tempfile.mkdtemp(prefix="cmigrate-test-", dir="/var/lib"))
+    """A new directory on a disk, for the session's lab; scripts/test removes its own one however a run ends."""
+    return Path(tempfile.mkdtemp(prefix="cmigrate-test-", dir=os.environ.get("CMIGRATE_TEST_SCRATCH", "/var/tmp")))
