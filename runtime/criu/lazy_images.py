@@ -1,9 +1,9 @@
 """Image pagemaps for a restore whose private memory comes from a pager, made from stores of received pages.
 
-With ``lazy_pages`` CRIU registers every private anonymous mapping with a userfaultfd and hands that to the pager, whatever
-the image pagemap says of it (seen with 4.2.1: an image pagemap without an entry for such a mapping restores as well).
-So only the rest has to be in the images: pages of private file mappings, locked memory, huge pages, what CRIU itself did
-not call lazy (a thread's stack page), and shared memory. That is little, and it is all that is copied in the blackout.
+With ``lazy_pages`` CRIU registers every private anonymous mapping with a userfaultfd and hands that to the pager,
+whatever the image pagemap says of it (seen with 4.2.1: one without any entry for such a mapping restores as well). So
+only the rest has to be in the images: pages of private file mappings, locked memory, huge pages, what CRIU itself did
+not call lazy (a thread's stack page), and shared memory. That is little, and all that is copied in the blackout.
 """
 
 from __future__ import annotations

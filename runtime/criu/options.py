@@ -97,6 +97,7 @@ def restore_request(
     mounts: Sequence[ExternalMount],
     inherited: Sequence[tuple[int, int]],
     auto_dedup: bool = False,
+    lazy: bool = False,
 ) -> Any:
     """RESTORE into a prepared sandbox. ``inherited`` are (inode of the source's log pipe, descriptor in CRIU)."""
     request = rpc.criu_req(type=rpc.RESTORE)
@@ -107,6 +108,8 @@ def restore_request(
     options.rst_sibling = True
     # Pages leave the image as they reach memory: the container is in memory once, not twice.
     options.auto_dedup = auto_dedup
+    # Private memory stays away, and CRIU connects to the pager's socket in its work directory.
+    options.lazy_pages = lazy
     for mount in mounts:
         options.ext_mnt.add(key=mount.key, val=mount_source(spec, mount.key, run_dir))
     for inode, descriptor in inherited:

@@ -1,4 +1,4 @@
-"""Answering page faults by userfaultfd: ioctl_userfaultfd(2) of the side that fills memory, and what the kernel tells it.
+"""Answering page faults by userfaultfd: ioctl_userfaultfd(2) of the side that fills memory, and its events.
 
 Stdlib only: the pager, a program of its own, imports it. (userfaultfd.py is the side that watches writes.)
 """

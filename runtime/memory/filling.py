@@ -1,7 +1,7 @@
 """One process being filled by the pager: its faults answered, its memory filled, its events followed. Stdlib only.
 
-The rule that keeps memory right: a page is answered with zeros only where nothing is left to fill, and neither copying nor
-zeroing ever replaces a page that exists. ``segments`` is what is left to fill.
+The rule that keeps memory right: a page is answered with zeros only where nothing is left to fill, and neither copying
+nor zeroing ever replaces a page that exists.
 """
 
 from __future__ import annotations
@@ -105,15 +105,14 @@ class Filling:
         os.close(self.descriptor)
         self._store.drop()
 
-    def listen(self) -> list[Filling]:
-        """Read what the kernel has to say, obey, and answer who waits. New processes that came by fork."""
-        born: list[Filling] = []
+    def listen(self, born: list[Filling]) -> None:
+        """Read what the kernel has to say, obey, and answer who waits. Processes that came by fork go into ``born``,
+        also when this raises: their parent may be gone while they live."""
         while messages := faults.read_messages(self.descriptor):
             for message in messages:
                 self._obey(message, born)
         for _ in range(len(self._waiting)):
             self._answer(self._waiting.popleft())
-        return born
 
     def _obey(self, message: FaultMessage, born: list[Filling]) -> None:
         if message.event == faults.UFFD_EVENT_PAGEFAULT:

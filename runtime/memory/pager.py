@@ -57,31 +57,32 @@ class Pager:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(START_TIMEOUT_S)
         try:
-            self._process = subprocess.Popen(
+            done = subprocess.run(
                 [sys.executable, "-I", "-S", "-B", str(PROGRAM), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
+                timeout=START_TIMEOUT_S,
+                check=False,
                 cwd="/",
                 env={"PATH": os.defpath},
             )
         finally:
             theirs.close()
+        if done.returncode:
+            self._control.close()
+            raise ProgramFailed(f"the pager does not start (exit code {done.returncode})")
         self._report: PagerReport | None = None
         self._ended = False
         try:
             self._tell("guard", cgroups=[str(path) for path in cgroups], record=str(record or ""))
-            self._expect("ready", START_TIMEOUT_S)
+            self.pid = int(self._expect("ready", START_TIMEOUT_S)["pid"])
+            """Of the process that fills; its parent is the guard. Neither is a child of this process."""
         except BaseException:
             self.abandon()
             raise
-
-    @property
-    def pid(self) -> int:
-        """Of the guard, whose end is the pager's too."""
-        return self._process.pid
 
     def fileno(self) -> int:
         """Readable when the pager has something to say, which ``wait`` then returns without waiting."""
@@ -137,20 +138,14 @@ class Pager:
 
     def abandon(self) -> None:
         """The restore is given up and its tasks are dead: end the pager. Nothing happens when it has ended."""
-        with contextlib.suppress(PagerDied):
+        with contextlib.suppress(PagerDied, ProgramFailed):
             self._tell("abandon")
+            self._expect("nothing", ANSWER_TIMEOUT_S)
         self._control.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(ANSWER_TIMEOUT_S)
 
     def close(self) -> None:
-        """Leave the pager to itself: it goes on until it is done. Reaps it when it has ended."""
+        """Leave the pager to itself: it goes on until it is done."""
         self._control.close()
-        if self._ended:
-            self._process.wait(ANSWER_TIMEOUT_S)
-        else:
-            # It lives on; whoever waits for children of this process must not trip over it.
-            self._process.returncode = 0
 
     def __enter__(self) -> Self:
         return self
@@ -166,8 +161,8 @@ class Pager:
         except OSError as error:
             raise PagerDied("the pager has ended early") from error
 
-    def _expect(self, event: str, timeout_s: float) -> None:
-        """Read until this event. What comes before it is news that nobody asked for."""
+    def _expect(self, event: str, timeout_s: float) -> dict[str, Any]:
+        """Read until this event, or the last. What comes before it is news that nobody asked for."""
         self._control.settimeout(timeout_s)
         while True:
             try:
@@ -187,4 +182,4 @@ class Pager:
                 self._report = PagerReport(**message)
                 self._ended = said == "filled"
             if said == event or self._ended:
-                return
+                return message

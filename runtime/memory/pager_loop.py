@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import json
 import os
 import select
@@ -36,11 +35,6 @@ _SPAN = struct.Struct("=QQ")
 RETRY_MS = 1
 
 
-class Ended(enum.Enum):
-    FILLED = "filled"
-    ABANDONED = "abandoned"
-
-
 class _Plan:
     """What is known of a task before it exists."""
 
@@ -65,26 +59,25 @@ class PagerLoop:
         self._listener: socket.socket | None = None
         self._criu: socket.socket | None = None
         self._may_fill = self._resumed = False
-        self._ended: Ended | None = None
+        self._ended = False
         self._since = time.monotonic()
         self._complete_ms = 0.0
         self._epoll = select.epoll()
         self._epoll.register(control, select.EPOLLIN)
 
-    def run(self) -> Ended:
+    def run(self) -> None:
         """Until all memory is filled or the restore is abandoned. An exception is the container's end."""
-        self._tell("ready")
+        self._tell("ready", pid=os.getpid())
         stuck = False
-        while self._ended is None:
+        while not self._ended:
             work = self._may_fill and bool(self._fillings)
             again = stuck or any(filling.waiting for filling in self._fillings.values())
             # Nothing to do but wait, or changing memory to wait for, or a look in passing.
             events = self._epoll.poll(RETRY_MS / 1000 if again else 0 if work else None)
             waited = self._hear_all([fd for fd, _event in events])
-            if self._ended is None and work:
+            if work and not self._ended:
                 stuck = not self._fill_one(FILL_BYTES_AMID_FAULTS if waited else FILL_BYTES)
             self._end_if_complete()
-        return self._ended
 
     # Hearing
 
@@ -105,11 +98,13 @@ class PagerLoop:
         return self._counters.faults != before
 
     def _listen_to(self, filling: Filling) -> None:
+        born: list[Filling] = []
         try:
-            for born in filling.listen():
-                self._add(born)
+            filling.listen(born)
         except ProcessGone:
             self._remove(filling)
+        for child in born:
+            self._add(child)
 
     def _hear_caller(self) -> None:
         try:
@@ -120,7 +115,7 @@ class PagerLoop:
             # Whoever started us has gone. A restore that has begun is not his any more.
             self._epoll.unregister(self._control)
             if self._criu is None and not self._resumed:
-                self._end(Ended.ABANDONED)
+                self._end()
             return
         message = json.loads(data)
         self._obey(message, descriptors)
@@ -138,7 +133,7 @@ class PagerLoop:
         elif op == "count":
             self._tell("counters", **self._numbers())
         elif op == "abandon":
-            self._end(Ended.ABANDONED)
+            self._end()
 
     def _learn_space(self, message: dict[str, Any], store: int, plan: int) -> None:
         with open(plan, "rb") as file:
@@ -219,17 +214,17 @@ class PagerLoop:
         return moved
 
     def _end_if_complete(self) -> None:
-        if self._resumed and not self._fillings and self._ended is None:
+        if self._resumed and not self._fillings and not self._ended:
             self._complete_ms = (time.monotonic() - self._since) * 1000
             self._tell("filled", **self._numbers())
-            self._end(Ended.FILLED)
+            self._end()
 
     def _numbers(self) -> dict[str, Any]:
         left = len(self._fillings)
         return {**asdict(self._counters), "tasks_left": left, "complete_ms": self._complete_ms}
 
-    def _end(self, how: Ended) -> None:
-        self._ended = how
+    def _end(self) -> None:
+        self._ended = True
         self._tell_guard({"over": True})
 
     # Telling

@@ -5,13 +5,13 @@ userfaultfd, so that the kernel does not hand out zeros when the pager dies: who
 killed the container. Both ignore every signal that can be ignored, and neither ends with who started it.
 
 FD is one end of a SOCK_SEQPACKET pair: JSON datagrams, descriptors by SCM_RIGHTS.
-  caller: {"op": "guard", "record"} + directories of the container's cgroups   what to kill, and where to note the end
-          {"op": "space", "vpid", "spans", "hot"} + [store, plan]   plan: so many pairs of u64 (start, end), then the hot
+  caller: {"op": "guard", "cgroups", "record"}              what to kill, and in which file to note that
+          {"op": "space", "vpid", "spans"} + [store, plan]  plan: pairs of u64 (start, end), the hot ones after "spans"
           {"op": "listen"} + [directory]      lazy-pages.socket is there when "listening" is answered
           {"op": "fill"}                      the restore is at its end but held: begin to fill
           {"op": "count"}                     -> {"event": "counters", ...}
           {"op": "abandon"}                   the restore is given up, its tasks are dead: end
-  pager:  {"event": "ready"}, "listening", "connected", "resumed", then "filled" with counters, and it ends
+  pager:  {"event": "ready", "pid"}, "listening", "connected", "resumed", then "filled" with counters, and it ends
   guard:  {"event": "died", "what"}: the pager is dead, and so is the container
 The caller closing FD before CRIU has connected ends the pager; afterwards nobody needs to be there.
 """
@@ -34,7 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from runtime.linux import faults
-from runtime.memory.pager_loop import Ended, PagerLoop
+from runtime.memory.pager_loop import PagerLoop
 
 _KILL_POLL_S = 0.01
 
@@ -50,6 +50,9 @@ def main(control_fd: int) -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("-1000")
     gc.disable()
+    # Who started this waits for it and is rid of it; init reaps the guard, whoever lives then.
+    if os.fork():
+        os._exit(0)
     guard_end, pager_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid == 0:
@@ -68,14 +71,12 @@ def run_pager(control: socket.socket, guard: socket.socket) -> int:
     try:
         with contextlib.suppress(Exception):
             faults.lock_memory()
-        outcome = PagerLoop(control, guard).run()
+        PagerLoop(control, guard).run()
     except BaseException as error:
         traceback.print_exc()
         with contextlib.suppress(OSError):
             guard.send(json.dumps({"failed": f"{error}" or type(error).__name__}).encode())
         return 1
-    if outcome is Ended.ABANDONED:
-        return 0
     return 0
 
 
@@ -86,7 +87,7 @@ class Guard:
         self._control = control
         self._sock = sock
         self._pager = pager_pid
-        self._held: dict[int, int] = {}
+        self._held: dict[int, list[int]] = {}
         self._cgroups: list[str] = []
         self._record = ""
         self._failed = ""
@@ -121,9 +122,9 @@ class Guard:
             return False
         message: dict[str, Any] = json.loads(data)
         if "hold" in message:
-            self._held[message["hold"]] = descriptors[0]
-        if "let_go" in message:
-            os.close(self._held.pop(message["let_go"]))
+            self._held[message["hold"]] = descriptors
+        for descriptor in self._held.pop(message.get("let_go", 0), []):
+            os.close(descriptor)
         if "cgroups" in message:
             self._cgroups, self._record = message["cgroups"], message["record"]
         self._failed = message.get("failed", self._failed)
@@ -135,8 +136,9 @@ class Guard:
         what = self._failed or (f"killed by signal {-code}" if code < 0 else f"exit code {code}")
         for directory in self._cgroups:
             kill_cgroup(Path(directory))
-        for descriptor in self._held.values():
-            os.close(descriptor)
+        for descriptors in self._held.values():
+            for descriptor in descriptors:
+                os.close(descriptor)
         message = {"event": "died", "what": what}
         if self._record:
             with contextlib.suppress(OSError):

@@ -1,73 +1,207 @@
-"""Changes a directory's files without rest, in every way that programs do, until it is told to end by SIGTERM.
+"""Memory that is read, written, given back, moved, unmapped and forked all the time; its processes know what it holds.
 
-    churn.py DIRECTORY SEED
+    python3 churn.py DIRECTORY MIB WORKERS
 
-Stores through shared mappings are among them: three mappings stay open all the time, as a database's do.
+Each worker (the first process is one) has MIB in blocks; a page holds its own number and how often it was written, at
+both ends, or zeros. Before every change a page is looked at. DIRECTORY/<number> holds how many steps a worker did; what
+is wrong goes to DIRECTORY/wrong. When the word in DIRECTORY/check changes, each looks at every page once and appends
+that word and its number to DIRECTORY/checked; DIRECTORY/ready holds the pids.
 """
 
-import contextlib
+import ctypes
+import json
 import mmap
 import os
 import random
-import shutil
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
-MAPPED_BYTES = 300_000
-NAMES = ("a", "b", "c", "d", "e", "f")
+PAGE = 4096
+BLOCK_PAGES = 256
+BLOCK = BLOCK_PAGES * PAGE
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+ANON = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def one_step(root: Path, chance: random.Random) -> None:
-    path = root.joinpath(*(chance.choice(NAMES) for _ in range(chance.randint(1, 3))))
-    match chance.randrange(12):
-        case 0 | 1:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(chance.randbytes(chance.choice((0, 10, 5000, 70_000, 400_000))))
-        case 2 | 3:
-            with open(path, "ab") as file:
-                file.write(chance.randbytes(chance.choice((1, 5000, 70_000))))
-        case 4 | 5:
-            with open(path, "r+b") as file:
-                file.seek(chance.randrange(500_000))
-                file.write(b"here")
-        case 6:
-            os.truncate(path, chance.randrange(300_000))
-        case 7:
-            path.rename(root / chance.choice(NAMES) / chance.choice(NAMES))
-        case 8:
-            os.link(path, root / chance.choice(NAMES) / chance.choice(NAMES))
-        case 9:
-            path.unlink()
-        case 10:
-            path.chmod(chance.choice((0o644, 0o600, 0o4755)))
-            os.setxattr(path, "user.one", chance.randbytes(5))
-        case 11:
-            if chance.randrange(10):
-                path.symlink_to(chance.choice(NAMES))
-            else:
-                shutil.rmtree(path)
+def new_block(protection: int = READ_WRITE) -> int:
+    address = libc.mmap(None, BLOCK, protection, ANON, -1, 0)
+    assert address != ctypes.c_void_p(-1).value
+    return int(address)
 
 
-def main(root: Path, seed: int) -> None:
-    running = True
-
-    def stop(_number: int, _frame: object) -> None:
-        nonlocal running
-        running = False
-
-    signal.signal(signal.SIGTERM, stop)
-    chance = random.Random(seed)
-    mappings = []
-    for number in range(3):
-        with open(root / f"mapped-{number}", "w+b") as file:
-            file.truncate(MAPPED_BYTES)
-            mappings.append(mmap.mmap(file.fileno(), MAPPED_BYTES))
-    print("ready", flush=True)
-    while running:
-        with contextlib.suppress(OSError):
-            one_step(root, chance)
-        mappings[chance.randrange(3)][chance.randrange(MAPPED_BYTES)] = chance.randrange(256)
+class Wrong(Exception):
+    pass
 
 
-main(Path(sys.argv[1]), int(sys.argv[2]))
+class Churn:
+    def __init__(self, mib: int) -> None:
+        self.blocks = [new_block() for _ in range(mib)]
+        self.versions = [[0] * BLOCK_PAGES for _ in range(mib)]
+        self.random = random.Random(1)
+        for block in range(mib):
+            for page in range(BLOCK_PAGES):
+                # Some were never touched.
+                if (block * BLOCK_PAGES + page) % 7:
+                    self.write(block, page)
+
+    def write(self, block: int, page: int) -> None:
+        version = self.versions[block][page] = self.versions[block][page] + 1
+        word = (version << 32 | block << 16 | page).to_bytes(8, "little")
+        at = self.blocks[block] + page * PAGE
+        ctypes.memmove(at, word, 8)
+        ctypes.memmove(at + PAGE - 8, word, 8)
+
+    def look(self, block: int, page: int) -> None:
+        version = self.versions[block][page]
+        word = version << 32 | block << 16 | page if version else 0
+        at = self.blocks[block] + page * PAGE
+        for where in (at + PAGE - 8, at):
+            found = int.from_bytes(ctypes.string_at(where, 8), "little")
+            if found != word:
+                raise Wrong(f"block {block} page {page} at {where:#x}: {found:#x} instead of {word:#x}")
+
+    def look_at_all(self) -> None:
+        for block in range(len(self.blocks)):
+            for page in range(BLOCK_PAGES):
+                self.look(block, page)
+
+    def step(self) -> None:
+        block, page = self.random.randrange(len(self.blocks)), self.random.randrange(BLOCK_PAGES)
+        self.look(block, page)
+        die = self.random.random()
+        if die < 0.5:
+            self.write(block, page)
+        elif die < 0.55:
+            self.give_back(block, page)
+        elif die < 0.6:
+            self.move(block)
+        elif die < 0.61:
+            self.replace(block)
+        elif die < 0.63:
+            self.forbid_and_allow(block, page)
+        elif die < 0.68:
+            self.fork()
+
+    def give_back(self, block: int, page: int) -> None:
+        pages = min(self.random.randrange(1, 16), BLOCK_PAGES - page)
+        assert libc.madvise(self.blocks[block] + page * PAGE, pages * PAGE, mmap.MADV_DONTNEED) == 0
+        self.versions[block][page : page + pages] = [0] * pages
+
+    def move(self, block: int) -> None:
+        to = new_block(mmap.PROT_READ)
+        moved = libc.mremap(self.blocks[block], BLOCK, BLOCK, MREMAP_MAYMOVE | MREMAP_FIXED, to)
+        assert moved == to
+        self.blocks[block] = to
+
+    def replace(self, block: int) -> None:
+        assert libc.munmap(self.blocks[block], BLOCK) == 0
+        self.blocks[block] = new_block()
+        self.versions[block] = [0] * BLOCK_PAGES
+
+    def forbid_and_allow(self, block: int, page: int) -> None:
+        """Splits the mapping in three, for good where another step does not join it again."""
+        at = self.blocks[block] + page * PAGE
+        assert libc.mprotect(at, PAGE, mmap.PROT_READ) == 0
+        self.look(block, page)
+        assert libc.mprotect(at, PAGE, READ_WRITE) == 0
+
+    def fork(self) -> None:
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                for _ in range(40):
+                    block, page = self.random.randrange(len(self.blocks)), self.random.randrange(BLOCK_PAGES)
+                    self.look(block, page)
+                    self.write(block, page)
+                    self.look(block, page)
+                status = 0
+            except Wrong as error:
+                complain(f"forked: {error}")
+            finally:
+                os._exit(status)
+        while True:
+            try:
+                _pid, status = os.waitpid(pid, 0)
+                break
+            except InterruptedError:
+                continue
+        if status:
+            raise Wrong(f"a forked child ended with {status:#x}")
+
+
+def read_text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def complain(text: str) -> None:
+    with open(DIRECTORY / "wrong", "a") as file:
+        file.write(text + "\n")
+
+
+def look_on(churn: Churn, area: list[int]) -> None:
+    """A second thread, which reads memory that nobody changes."""
+    while True:
+        for address in area:
+            if ctypes.string_at(address + PAGE, 8) != b"constant":
+                complain(f"the thread's memory at {address:#x}")
+                return
+        time.sleep(0.002)
+
+
+def work(number: int, churn: Churn, area: list[int]) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    churn.random = random.Random(number)
+    threading.Thread(target=look_on, args=(churn, area), daemon=True).start()
+    steps = 0
+    checked = ""
+    try:
+        while True:
+            for _ in range(50):
+                churn.step()
+            steps += 50
+            (DIRECTORY / str(number)).write_text(str(steps))
+            asked = read_text(DIRECTORY / "check")
+            if asked != checked:
+                churn.look_at_all()
+                with open(DIRECTORY / "checked", "a") as file:
+                    file.write(f"{asked} {number}\n")
+            checked = asked
+            time.sleep(0.0005)
+    except (Wrong, AssertionError) as error:
+        complain(f"worker {number}, step {steps}: {error!r}")
+        os._exit(1)
+
+
+def main() -> None:
+    mib, workers = int(sys.argv[2]), int(sys.argv[3])
+    churn = Churn(mib)
+    area = [new_block() for _ in range(8)]
+    for address in area:
+        ctypes.memmove(address + PAGE, b"constant", 8)
+    pids = [os.getpid()]
+    for number in range(1, workers):
+        pid = os.fork()
+        if not pid:
+            work(number, churn, area)
+        pids.append(pid)
+    (DIRECTORY / "ready.new").write_text(json.dumps(pids))
+    os.rename(DIRECTORY / "ready.new", DIRECTORY / "ready")
+    work(0, churn, area)
+
+
+DIRECTORY = Path(sys.argv[1])
+if __name__ == "__main__":
+    main()
