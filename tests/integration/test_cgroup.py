@@ -127,7 +127,8 @@ def test_freezing_again_at_once_is_quick(cgroup: ContainerCgroup) -> None:
             cgroup.freeze()
             times.append(time.monotonic() - begin)
             cgroup.thaw()
-        assert sorted(times)[len(times) // 2] < 0.008
+        # On a busy machine many take longer, for want of a processor; waiting for a notice would delay nearly all.
+        assert sorted(times)[len(times) // 4] < 0.006
 
 
 def test_what_does_not_freeze_in_time_runs_on_and_is_told(cgroup: ContainerCgroup) -> None:
