@@ -117,7 +117,12 @@ class Incoming:
             self._receive_file(message.get("size"), file)
 
     def _receive_log(self, message: Mapping[str, Any]) -> None:
-        with open(self._log, "wb") as file:
+        offset = message.get("offset")
+        if not isinstance(offset, int) or not 0 <= offset <= MAX_FILE_BYTES:
+            raise ProtocolViolation("log does not fit")
+        with open(self._log, "r+b" if offset else "wb") as file:
+            file.truncate(offset)
+            file.seek(offset)
             self._receive_file(message.get("size"), file)
 
     def _receive_file(self, size: object, file: BinaryIO) -> None:

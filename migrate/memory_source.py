@@ -11,14 +11,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from migrate.messages import HELD_FLAG
 from migrate.outgoing import PAGE_BATCH_BYTES, PAGE_BYTES, Outgoing, PageSender
 from runtime.criu.page_protocol import PE_LAZY, SpaceId
 from runtime.criu.pages import RunReader, nonzero_runs
 from runtime.memory.api import DirtyTracker, ProcessScan, TrackerFacts
 from runtime.memory.ranges import EMPTY, PageRanges
-
-HELD_FLAG = 1 << 8
-"""Beside CRIU's flags of a run: the target has these pages already, no data follows for them."""
 
 
 class LiveMemory:

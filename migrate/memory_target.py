@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from migrate.errors import ProtocolViolation
-from migrate.memory_source import HELD_FLAG
+from migrate.messages import HELD_FLAG
 from runtime.criu.images import PageImageWriter
 from runtime.criu.lazy_images import write_lazy_images
 from runtime.criu.page_protocol import PAGE_BYTES, PE_LAZY, SpaceId

@@ -37,6 +37,8 @@ from runtime.errors import BadInput, CorruptData
 PROTOCOL = 1
 """The newest protocol this version speaks."""
 OLDEST_PROTOCOL = 1
+HELD_FLAG = 1 << 8
+"""Beside CRIU's flags of a run in ``pages``: the target has these pages already, and no data follows for them."""
 
 
 def _read_spec(value: Any) -> ContainerSpec:

@@ -5,6 +5,7 @@ Control frames announce, data frames follow; docs/protocol.md has the grammar.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ class Outgoing:
         self.channel = channel
         self._deadline = deadline
         self.sent_bytes: Counter[str] = Counter()
+        self._log_inode = self._log_size = 0
 
     def control(self, message: Mapping[str, object]) -> None:
         before = self.channel.bytes_sent
@@ -64,12 +66,19 @@ class Outgoing:
                     self.data(kind, 0, (chunk,))
 
     def log(self, path: Path) -> None:
-        """The container's log; it is append-only and complete once the container is frozen."""
-        if not path.exists():
+        """The container's log: all of it the first time, then what was appended since."""
+        try:
+            file = open(path, "rb")
+        except FileNotFoundError:
             return
-        with open(path, "rb") as file:
-            self.control({"type": "log", "size": path.stat().st_size})
-            left = path.stat().st_size
+        with file:
+            status = os.fstat(file.fileno())
+            # A log that was rotated meanwhile is another file, and goes as a whole.
+            offset = self._log_size if status.st_ino == self._log_inode and status.st_size >= self._log_size else 0
+            self._log_inode, self._log_size = status.st_ino, status.st_size
+            left = status.st_size - offset
+            self.control({"type": "log", "offset": offset, "size": left})
+            file.seek(offset)
             while left and (chunk := file.read(min(left, IMAGE_CHUNK_BYTES))):
                 self.data("files", 0, (chunk,))
                 left -= len(chunk)

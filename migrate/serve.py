@@ -22,6 +22,7 @@ from types import FrameType
 
 from migrate.errors import MigrateError
 from migrate.inventory import Inventory
+from migrate.recover import recover
 from migrate.session import Dispatcher
 from migrate.wiring import register_handlers
 from runtime.errors import RuntimeFault
@@ -108,6 +109,8 @@ class Agent:
 
     def run(self) -> None:
         """Raises ConnectFailed when the address is taken. Returns after SIGTERM or SIGINT, with all sessions over."""
+        for line in recover(self._host):
+            say(line)
         Inventory(self._host).identity()  # whoever comes first must not wait for a key to be made
         with ExitStack() as undo:
             wake = undo.enter_context(_signals(self._end))

@@ -80,6 +80,7 @@ class SourceMove:
         self._out = Outgoing(session.channel, lambda: Deadline.after(IDLE_TIMEOUT_S))
         self._dump = HeldDump(self._containers, container, criu, self._work.path)
         self._trees = self._tree_roots()
+        self._log = self._containers.store.directory(container.id) / "log.jsonl"
         self._snapshots: list[Snapshot | None] = [None] * len(self._trees)
         self._sent = [SentContent() for _tree in self._trees]
         self._cgroup = self._containers.cgroup(container.id)
@@ -94,7 +95,10 @@ class SourceMove:
         self.running: messages.Running | None = None
         self.prepared: messages.Prepared | None = None
         self._actions: dict[Action, Callable[[], None]] = {
-            Action.JOURNAL_PREPARED: lambda: self._write("PREPARED", {"container": container.id, "mode": mode}),
+            Action.JOURNAL_PREPARED: lambda: self._write(
+                "PREPARED",
+                {"container": container.id, "mode": mode, "target": session.entry.name if session.entry else ""},
+            ),
             Action.SEND_OFFER: self._send_offer,
             Action.COPY: self._copy,
             Action.FREEZE_AND_DUMP: self._freeze_and_dump,
@@ -228,6 +232,7 @@ class SourceMove:
         """Files go over while the container runs, and memory with pre-copy; only what changes meanwhile goes again."""
         for number in range(len(self._trees)):
             self._send_tree(number)
+        self._out.log(self._log)
         if self._live is not None:
             self._mark("rounds")
             self._copy_memory(self._live)
@@ -310,8 +315,7 @@ class SourceMove:
             self._send_tree(number)
         self._out.images(self._work.path)
         state = self._container.state
-        log = self._containers.store.directory(self._container.id) / "log.jsonl"
-        self._out.log(log)
+        self._out.log(self._log)
         self._send(
             messages.FrozenState(
                 mounts=self._dump.mounts, pipes=self._dump.pipes, started_at=state.started_at, restarts=state.restarts

@@ -7,6 +7,7 @@ and the source is told. After it, the container runs here.
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from runtime.criu.binary import find_criu
 from runtime.criu.restore import HeldRestore
 from runtime.errors import CorruptData, CriuFailed
 from runtime.memory.pager import Pager
+from runtime.store import process_start_ticks
 from runtime.workdir import WorkDirectory
 from transport.api import ChannelClosed, Deadline, DeadlineExpired, Frame, TransportError
 
@@ -70,7 +72,7 @@ class TargetMove:
         self._error: BaseException | None = None
         move_id, epoch = offer.move_id, offer.epoch
         self._actions: dict[Action, Callable[[], None]] = {
-            Action.JOURNAL_RESERVED: lambda: self._write("RESERVED", {"container": self._spec.id}),
+            Action.JOURNAL_RESERVED: self._journal_reserved,
             Action.RESERVE: self._reserve,
             Action.SEND_PREPARED: lambda: self._send(messages.Prepared(move_id=move_id, versions=versions())),
             Action.STORE: lambda: None,
@@ -118,6 +120,10 @@ class TargetMove:
         self._channel.send(Frame.control(message.to_message()), deadline=Deadline.after(IDLE_TIMEOUT_S))
 
     # Before COMMIT
+
+    def _journal_reserved(self) -> None:
+        own = os.getpid()
+        self._write("RESERVED", {"container": self._spec.id, "pid": own, "pid_start": process_start_ticks(own)})
 
     def _reserve(self) -> None:
         self._containers.store.reserve(self._spec, self._offer.move_id)

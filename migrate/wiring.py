@@ -14,9 +14,10 @@ from migrate.errors import InDoubt, MigrateError, MoveRefused, describe
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Warning
 from migrate.precopy import Budget
+from migrate.recover import recover, standing
 from migrate.report import MoveReport, Outcome, PhaseTime, ReportedError, SentBytes, Versions
 from migrate.reports import ReportStore
-from migrate.session import HANDLERS, package_version
+from migrate.session import HANDLERS, Asked, package_version
 from migrate.source import SourceMove
 from migrate.target import handle_offer, handle_preflight
 from runtime.api import Container, Status
@@ -61,6 +62,14 @@ def register_handlers() -> None:
     """What an agent answers beside greetings."""
     HANDLERS["offer"] = handle_offer
     HANDLERS["preflight"] = handle_preflight
+    HANDLERS["ask"] = handle_ask
+
+
+def handle_ask(asked: Asked, message: Mapping[str, Any]) -> None:
+    """A source in doubt asks where its move stands here."""
+    question = messages.Ask.parse(message)
+    state = standing(asked.host, question.move_id, question.epoch)
+    asked.answer(messages.Answer(move_id=question.move_id, epoch=question.epoch, state=state).to_message())
 
 
 def choose_mode(wanted: ModeName) -> str:
@@ -75,6 +84,8 @@ def move(host: HostConfig, reference: str, to: str, options: MoveOptions, observ
     nothing wrong: nothing was moved). Otherwise raises MoveRefused, RolledBack, InDoubt or what failed before anything
     began; the report of that is kept, and shown to ``observer``, as well.
     """
+    for line in recover(host):
+        observer.on_event(Warning(what=line))
     containers = Containers(host)
     container = containers.get(reference)
     course = _Course(

@@ -134,6 +134,14 @@ def remove_table(table: str) -> str:
     return f"table ip {table} {{}}\ndelete table ip {table}\n"
 
 
+def remove_criu_tables() -> None:
+    """The network locks of a CRIU that died, in the calling thread's network namespace (CRIU names them CRIU-<id>)."""
+    for family in ("inet", "ip", "ip6"):
+        for name in tables(family):
+            if name.startswith("CRIU-"):
+                run_nft(f"delete table {family} {name}\n")
+
+
 def dropping_chains(listing: str) -> Iterator[ForwardChain]:
     """Chains at the forward hook whose policy is drop, in the text of ``nft list chains``."""
     family = table = name = ""

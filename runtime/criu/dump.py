@@ -19,14 +19,15 @@ from typing import Any
 
 from pycriu import rpc_pb2 as rpc
 
-from runtime.api import Container
+from runtime.api import Container, Status
 from runtime.container import Containers
 from runtime.criu.binary import CriuBinary
 from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, dump_request, external_mounts
 from runtime.criu.rpc import CriuSession
 from runtime.errors import CriuFailed
-from runtime.network import ContainerNetwork
+from runtime.network import ContainerNetwork, in_network_namespace
+from runtime.nft import remove_criu_tables
 from runtime.sandbox.launch import ask_monitor
 
 PREPARE_TIMEOUT_S = 30.0
@@ -210,3 +211,23 @@ def release_exec_waiters(containers: Containers, container_id: str) -> None:
                 os.kill(int(name), signal.SIGKILL)
         with contextlib.suppress(FileNotFoundError):
             (directory / name).unlink()
+
+
+def wake_after_dead_dump(containers: Containers, container: Container) -> None:
+    """After a dump whose caller was killed: remove CRIU's network lock, give the link back, thaw. Idempotent.
+
+    CRIU itself has seen its caller go, has let go of the tasks and unlocked what it locked, unless it was killed as
+    well; the freezer is what kept them still.
+    """
+    state = container.state
+    if state.status not in (Status.RUNNING, Status.PAUSED):
+        return
+    in_network_namespace(state.init_pid, remove_criu_tables)
+    with ContainerNetwork(containers.host, container.id) as network:
+        if container.spec.network is not None:
+            network.look_up()
+            network.connect()
+            network.open_inside(state.init_pid, container.spec.network)
+            network.announce()
+    if state.status is Status.RUNNING:
+        containers.cgroup(container.id).thaw()

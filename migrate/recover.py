@@ -1,0 +1,143 @@
+"""What a mover or an agent that died has left undone is finished or undone here: at every agent start and before every
+move. The journals say how far it was; who still lives holds the container's lock and is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+
+from migrate import machine, messages, target_machine
+from migrate.errors import MigrateError
+from migrate.journal import Journal, MoveJournal, read_all, read_one
+from migrate.links import connect
+from runtime.api import Container, Status
+from runtime.container import Containers
+from runtime.criu.dump import wake_after_dead_dump
+from runtime.errors import Busy, NotFound, RuntimeFault
+from runtime.host import HostConfig
+from runtime.store import process_start_ticks
+from transport.api import Deadline, Frame, TransportError
+
+ASK_TIMEOUT_S = 10.0
+_SOURCE_BEFORE_COMMIT = {"PREPARED", "PRECOPY", "FROZEN", "SENDING"}
+_TARGET_BEFORE_COMMIT = {"RESERVED", "RECEIVING", "VERIFIED", "RESTORED_HELD"}
+_SETTLED = {"DONE", "ROLLED_BACK", "RECLAIMED", "CONFIRMED", "REFUSED", "RESUMED"}
+
+
+def recover(host: HostConfig) -> list[str]:
+    """Settle what can be settled without asking anybody; a line for each thing done or still open."""
+    told: list[str] = []
+    for journal in read_all(host.journal_dir):
+        if journal.damage or journal.phase in _SETTLED or not journal.records:
+            continue
+        with contextlib.suppress(Busy):
+            told += _source(host, journal) if journal.side == "source" else _target(host, journal)
+    return told
+
+
+def _source(host: HostConfig, journal: MoveJournal) -> list[str]:
+    containers = Containers(host)
+    details = journal.records[0].details
+    container_id, target = str(details.get("container", "")), str(details.get("target", ""))
+    try:
+        with containers.locked(container_id, "recovery", wait_s=0.0) as container:
+            if journal.phase in _SOURCE_BEFORE_COMMIT:
+                # The target cannot run without COMMIT, so nobody has to be asked.
+                wake_after_dead_dump(containers, container)
+                _close(host, journal, machine.Phase.ROLLED_BACK)
+                return [f"move {journal.move_id} of {container.name} was broken off: it runs on here"]
+            return [_settle_doubt(host, journal, containers, container, target)]
+    except NotFound:
+        _close(host, journal, machine.Phase.ROLLED_BACK)
+        return [f"move {journal.move_id} was broken off, and its container is gone"]
+    finally:
+        shutil.rmtree(host.state_dir / "moves" / journal.move_id, ignore_errors=True)
+
+
+def _settle_doubt(
+    host: HostConfig, journal: MoveJournal, containers: Containers, container: Container, target: str
+) -> str:
+    """COMMIT was on this disk: only the target knows. The copy here stays frozen until it has answered."""
+    name, epoch = container.name, journal.records[-1].epoch
+    try:
+        with connect(host, target, deadline=Deadline.after(ASK_TIMEOUT_S)) as session:
+            deadline = Deadline.after(ASK_TIMEOUT_S)
+            question = messages.Ask(move_id=journal.move_id, epoch=epoch)
+            session.channel.send(Frame.control(question.to_message()), deadline=deadline)
+            answer = messages.Answer.parse(session.channel.receive(deadline=deadline).message())
+    except (TransportError, MigrateError, RuntimeFault) as error:
+        return f"move {journal.move_id} of {name} is in doubt, its copy here stays frozen: {error}"
+    if (answer.move_id, answer.epoch) != (journal.move_id, epoch):
+        return f"move {journal.move_id} of {name} is in doubt: {target} answered for another move"
+    if answer.state == "running":
+        containers.cgroup(container.id).kill()
+        containers.clean_up(container.id)
+        containers.store.remove(container.id)
+        _close(host, journal, machine.Phase.DONE)
+        return f"move {journal.move_id}: {name} runs on {target}"
+    if answer.state == "refused":
+        _close(host, journal, machine.Phase.RECLAIMED)
+        wake_after_dead_dump(containers, container)
+        return f"move {journal.move_id}: {target} refused, {name} runs on here"
+    return f"move {journal.move_id} of {name} is in doubt: {target} says {answer.state}; ask again in a minute"
+
+
+def standing(host: HostConfig, move_id: str, epoch: int) -> str:
+    """Where a move into this host stands, for who asks; what was never heard of is refused for good."""
+    journal = read_one(host.journal_dir, move_id, "target")
+    if journal is None or not journal.records:
+        with Journal(host.journal_dir, move_id, side="target", epoch=epoch) as file:
+            file.append(target_machine.Phase.REFUSED, {"why": "asked about a move that never came"})
+        return "refused"
+    if journal.phase in ("RESUMED", "CONFIRMED"):
+        return "running"
+    if journal.phase == "COMMIT_LOGGED":
+        return (
+            "running" if _is_here(Containers(host), str(journal.records[0].details.get("container"))) else "committed"
+        )
+    if journal.phase == "REFUSED":
+        return "refused"
+    details = journal.records[0].details
+    if _lives(details.get("pid"), details.get("pid_start")):
+        return "held"
+    _target(host, journal)
+    return "refused"
+
+
+def _target(host: HostConfig, journal: MoveJournal) -> list[str]:
+    details = journal.records[0].details
+    container_id = str(details.get("container", ""))
+    if _lives(details.get("pid"), details.get("pid_start")):
+        return []
+    containers = Containers(host)
+    if journal.phase in _TARGET_BEFORE_COMMIT:
+        if not _is_here(containers, container_id):
+            containers.clean_up(container_id)
+            containers.store.forget_reservation(container_id, journal.move_id)
+        shutil.rmtree(host.state_dir / "moves" / journal.move_id, ignore_errors=True)
+        _close(host, journal, target_machine.Phase.REFUSED)
+        return [f"move {journal.move_id} into this host was broken off: undone"]
+    if _is_here(containers, container_id):
+        _close(host, journal, target_machine.Phase.RESUMED)
+        return []
+    return [f"move {journal.move_id} into this host has COMMIT, and container {container_id} does not run here"]
+
+
+def _lives(pid: object, start_ticks: object) -> bool:
+    return isinstance(pid, int) and process_start_ticks(pid) == start_ticks is not None
+
+
+def _is_here(containers: Containers, container_id: str) -> bool:
+    try:
+        container: Container = containers.get(container_id)
+    except (NotFound, RuntimeFault):
+        return False
+    return container.id == container_id and container.state.status in (Status.RUNNING, Status.PAUSED)
+
+
+def _close(host: HostConfig, journal: MoveJournal, phase: str) -> None:
+    side = journal.side
+    with Journal(host.journal_dir, journal.move_id, side=side, epoch=journal.records[-1].epoch) as file:
+        file.append(phase, {"why": "recovered", "by": os.getpid()})
