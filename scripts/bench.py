@@ -56,7 +56,8 @@ class Run:
     paused_ms: float
 
     def to_json(self) -> dict[str, float]:
-        return {"blackout_ms": self.blackout_ms, "total_ms": self.total_ms, "paused_ms": self.paused_ms}
+        figures = {"blackout_ms": self.blackout_ms, "total_ms": self.total_ms, "paused_ms": self.paused_ms}
+        return {name: round(value, 1) for name, value in figures.items()}
 
 
 class Bench:
@@ -203,12 +204,13 @@ def summarise(memory_mib: int, runs: dict[tuple[str, str], list[Run]]) -> list[d
 
 
 def show(lines: list[dict[str, Any]]) -> None:
-    table = Table(title="medians; a ratio is plain CRIU's figure divided by this one", title_justify="left")
-    for name in ("memory_mib", "mode", "transport"):
-        table.add_column(name.replace("_", " "))
+    title = "medians in ms; a ratio is plain CRIU's figure divided by this one"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name in ("MiB", "mode", "transport"):
+        table.add_column(name)
     figures = ("blackout_ms", "ratio_blackout", "paused_ms", "ratio_paused", "total_ms")
-    for name in figures:
-        table.add_column(name.replace("_", " "), justify="right")
+    for name in ("blackout", "ratio", "paused", "ratio", "total"):
+        table.add_column(name, justify="right")
     for line in lines:
         table.add_row(
             str(line["memory_mib"]), line["mode"], line["transport"], *(f"{line[figure]:.1f}" for figure in figures)
