@@ -46,12 +46,14 @@ class Segments:
         """The lowest segment within these bounds, clipped to them."""
         index = max(0, bisect_right(self._starts, start) - 1)
         for segment in self._segments[index : index + 2]:
-            if segment.end > start and segment.start < end:
+            if max(segment.start, start) < min(segment.end, end):
                 return _clip(segment, start, end)
         return None
 
     def cut(self, start: int, end: int) -> list[Segment]:
         """Take everything between these addresses out; what was taken."""
+        if start >= end:
+            return []
         low = bisect_right(self._starts, start) - 1
         if low < 0 or self._segments[low].end <= start:
             low += 1

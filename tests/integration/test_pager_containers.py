@@ -118,7 +118,6 @@ def test_a_container_with_its_own_user_namespace_is_filled_while_it_runs(contain
     dump = moved.dump(images)
     with moved.restore(dump, images) as pager:
         report = pager.wait(PATIENCE_S)
-        print(report)
         churn_goes_on_and_is_right(moved.root, WORKERS)
         assert report.filled_bytes > 96 << 20
     assert SYSCTL.read_text() == "0\n"

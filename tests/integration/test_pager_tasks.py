@@ -64,7 +64,6 @@ def test_memory_of_every_kind_is_what_it_was_after_a_lazy_restore(tmp_path: Path
         with moved(tasks, memory, early=early) as pager:
             assert tasks.contents() == before
             report = pager.wait(PATIENCE_S)
-            print(report)
             assert report.filled_bytes > 64 * MIB
             assert tasks.contents() == before
             tasks.count_up(1)
@@ -76,6 +75,5 @@ def test_memory_is_right_while_it_is_moved_given_back_and_forked_in_mid_fill(tmp
         churn_goes_on_and_is_right(tmp_path, churn.workers)
         with moved(churn, memory) as pager:
             report = pager.wait(PATIENCE_S)
-            print(report)
             assert min(report.faults, report.moves, report.removals, report.forks) > 0
         churn_goes_on_and_is_right(tmp_path, churn.workers)

@@ -1,0 +1,86 @@
+"""The machine's switch for userfaultfds of other user namespaces: on while somebody needs it, then as it was."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.memory.lazy import SYSCTL, eager_is_better, lazy_restore_allowed
+
+TOP = Path(__file__).resolve().parents[2]
+HOLDER = """
+import sys
+from runtime.memory.lazy import lazy_restore_allowed
+with lazy_restore_allowed():
+    print("in", flush=True)
+    sys.stdin.readline()
+print("out", flush=True)
+"""
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def switch_is_off_before_and_after() -> Iterator[None]:
+    before = SYSCTL.read_text()
+    SYSCTL.write_text("0\n")
+    yield
+    SYSCTL.write_text(before)
+
+
+class Holder:
+    """Another process that is inside."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TOP
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "in\n"
+
+    def leave(self) -> None:
+        self.process.communicate("\n", timeout=20)
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.communicate(timeout=20)
+
+
+def switch() -> int:
+    return int(SYSCTL.read_text())
+
+
+def test_the_last_one_out_turns_it_off() -> None:
+    first = Holder()
+    assert switch() == 1
+    second = Holder()
+    first.leave()
+    assert switch() == 1
+    with lazy_restore_allowed():
+        second.leave()
+        assert switch() == 1
+    assert switch() == 0
+
+
+def test_what_an_administrator_turned_on_stays_on() -> None:
+    SYSCTL.write_text("1\n")
+    with lazy_restore_allowed():
+        assert switch() == 1
+    assert switch() == 1
+
+
+def test_it_is_turned_off_after_one_of_several_was_killed() -> None:
+    first, second = Holder(), Holder()
+    first.kill()
+    assert switch() == 1
+    second.leave()
+    assert switch() == 0
+
+
+def test_little_memory_and_much_shared_memory_are_better_restored_at_once() -> None:
+    assert eager_is_better(64 * MIB, 0)
+    assert eager_is_better(1024 * MIB, 512 * MIB)
+    assert not eager_is_better(1024 * MIB, 10 * MIB)
