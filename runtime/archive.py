@@ -56,7 +56,8 @@ class ArchiveWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = Path(os.path.realpath(path))
+        # Only a link of this very name is resolved: directories are the kernel's to find, /proc/PID/root among them.
+        self._path = Path(os.path.realpath(path)) if path.is_symlink() else path
         if self._path.exists() and not self._path.is_file():
             raise BadInput(f"{path} is no regular file", hint="give the name of a file")
         self._partial = self._path.with_name(f".{self._path.name[:200]}.{secrets.token_hex(4)}.partial")
