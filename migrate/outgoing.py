@@ -67,11 +67,9 @@ class Outgoing:
 
     def log(self, path: Path) -> None:
         """The container's log: all of it the first time, then what was appended since."""
-        try:
-            file = open(path, "rb")
-        except FileNotFoundError:
+        if not path.exists():
             return
-        with file:
+        with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             # A log that was rotated meanwhile is another file, and goes as a whole.
             offset = self._log_size if status.st_ino == self._log_inode and status.st_size >= self._log_size else 0

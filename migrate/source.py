@@ -94,17 +94,18 @@ class SourceMove:
         self.filled: messages.Filled | None = None
         self.running: messages.Running | None = None
         self.prepared: messages.Prepared | None = None
-        self._actions: dict[Action, Callable[[], None]] = {
-            Action.JOURNAL_PREPARED: lambda: self._write(
-                "PREPARED",
-                {"container": container.id, "mode": mode, "target": session.entry.name if session.entry else ""},
-            ),
+        self._actions = self._action_table()
+
+    def _action_table(self) -> dict[Action, Callable[[], None]]:
+        commit = messages.Commit(move_id=self._move_id, epoch=FIRST_EPOCH)
+        return {
+            Action.JOURNAL_PREPARED: self._journal_prepared,
             Action.SEND_OFFER: self._send_offer,
             Action.COPY: self._copy,
             Action.FREEZE_AND_DUMP: self._freeze_and_dump,
             Action.SEND_STATE: self._send_state,
             Action.JOURNAL_COMMITTED: lambda: self._write("COMMITTED"),
-            Action.SEND_COMMIT: lambda: self._send(messages.Commit(move_id=move_id, epoch=FIRST_EPOCH)),
+            Action.SEND_COMMIT: lambda: self._send(commit),
             Action.JOURNAL_DONE: lambda: self._write("DONE"),
             Action.KILL_COPY: self._kill_copy,
             Action.SEND_DONE: self._send_done,
@@ -180,6 +181,10 @@ class SourceMove:
         if before is not None:
             self._observer.on_event(PhaseEnded(name=before[0], ms=(at - before[1]) * 1000))
         self._observer.on_event(PhaseStarted(name=name))
+
+    def _journal_prepared(self) -> None:
+        target = self._session.entry.name
+        self._write("PREPARED", {"container": self._container.id, "mode": self._mode, "target": target})
 
     def _write(self, phase: str, details: Mapping[str, Any] | None = None) -> None:
         self._journal.append(phase, details)
