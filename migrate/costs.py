@@ -11,6 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 MIB = 1 << 20
+GIB = 1 << 30
+# A round must take this share off the blackout. Below the limit it must also save this much blackout for each second it
+# lasts: at 1 the container's dirty rate would have to be zero, at 0 a round would be run for a gain that nobody sees.
+LEAST_GAIN = 0.05
+WORTH = 0.25
 # Time constants that are tried, in seconds; a quarter apart, which is finer than any round can tell.
 _TAUS_S = tuple(0.004 * 1.25**step for step in range(42))
 # Fits this close to the best are as good as it; of them the quickest working set is taken, the cautious answer.
@@ -34,6 +39,14 @@ class FixedCosts:
     def blackout_ms(self, dirty_bytes: float, rate_Bps: float) -> float:
         """F + D / B + R, with B in page bytes a second, before compression."""
         return self.freeze_ms + self.restore_ms + (self.state_bytes + max(0.0, dirty_bytes)) / rate_Bps * 1000
+
+
+def round_pays(now_ms: float, then_ms: float, round_s: float, *, limit_ms: float, worth: float = WORTH) -> bool:
+    """Whether to run a round of ``round_s`` that takes the blackout from ``now_ms`` to ``then_ms``."""
+    gain_ms = now_ms - then_ms
+    if gain_ms < now_ms * LEAST_GAIN:
+        return False
+    return now_ms > limit_ms or gain_ms >= round_s * 1000 * worth
 
 
 @dataclass(frozen=True, kw_only=True)

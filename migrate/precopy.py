@@ -18,14 +18,20 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
 
-from migrate.costs import MIB, DirtyCurve, DirtySample, FixedCosts, blended_rate, fit_curve
+from migrate.costs import (
+    LEAST_GAIN,
+    MIB,
+    WORTH,
+    DirtyCurve,
+    DirtySample,
+    FixedCosts,
+    blended_rate,
+    fit_curve,
+    round_pays,
+)
 
 OnTimeout = Literal["abort", "stopcopy", "postcopy"]
 
-# One more round below the limit must save this much blackout for each second it lasts. At 1 the container's dirty rate
-# would have to be zero; at 0 a round would be run for a gain that nobody sees.
-WORTH = 0.25
-LEAST_GAIN = 0.05
 # With the rest fetched after the switch, a round is worth it only while it at least halves what is left.
 HYBRID_GAIN = 0.5
 # Throttle so that dirtying runs at this share of the link's rate: each round then leaves 0.6 of the one before.
@@ -267,12 +273,10 @@ class Precopy:
     def _pays(self, done: Round, now_ms: float, best: _Option) -> bool:
         if self.budget.hybrid:
             return best.left_bytes <= done.left_bytes * HYBRID_GAIN and best.send_bytes > MIB
-        gain_ms = now_ms - best.blackout_ms
-        if gain_ms < now_ms * LEAST_GAIN:
-            return False
         # A slowed container pays for every round with its own time.
         worth = WORTH if self._throttle is None else 1.0
-        return now_ms > self.budget.downtime_limit_ms or gain_ms >= best.seconds * 1000 * worth
+        limit_ms = self.budget.downtime_limit_ms
+        return round_pays(now_ms, best.blackout_ms, best.seconds, limit_ms=limit_ms, worth=worth)
 
     def _spent(self, best: _Option) -> str:
         """Which limit of the budget the next round would break; empty when none."""

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrate.costs import MIB, DirtyCurve, DirtySample, FixedCosts, blended_rate, fit_curve
@@ -11,6 +11,7 @@ def sampled(curve: DirtyCurve, times: tuple[float, ...] = TIMES_S) -> list[Dirty
     return [DirtySample(seconds=t, dirty_bytes=curve.dirty_bytes(t)) for t in times]
 
 
+@settings(deadline=None)
 @given(hot=st.floats(1, 2000), tau=st.floats(0.02, 5), cold=st.floats(0, 500), at=st.floats(0.05, 2.0))
 def test_a_curve_seen_at_six_moments_is_known_in_between(hot: float, tau: float, cold: float, at: float) -> None:
     curve = DirtyCurve(hot_bytes=hot * MIB, tau_s=tau, cold_Bps=cold * MIB)

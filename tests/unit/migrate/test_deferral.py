@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrate.deferral import Deferral
@@ -37,6 +37,7 @@ def test_pages_and_processes_that_are_gone_are_not_pending() -> None:
     assert split.pending_bytes == 2 * PAGE_BYTES
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sets(st.integers(0, 12)), st.booleans()), min_size=1, max_size=12))
 def test_the_target_lacks_exactly_what_is_pending(rounds: list[tuple[set[int], bool]]) -> None:
     deferral: Deferral[str] = Deferral()
