@@ -53,7 +53,7 @@ Bounds = NDArray[np.uint64]
 class Pagemap:
     """/proc/PID/pagemap of one process; it stays with the memory of the program that the process runs now.
 
-    Not for use by several threads at once.
+    Not for use by several threads at once. Every method raises ProcessLookupError when that memory has gone.
     """
 
     def __init__(self, pid: int) -> None:
@@ -143,7 +143,7 @@ class Pagemap:
             pages = min((end - start) // PAGE_BYTES, _READ_PAGES)
             data = os.pread(self._fd, pages * 8, start // PAGE_BYTES * 8)
             if len(data) < 8:
-                break  # the process has gone
+                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), self._target)
             found.append((start, np.frombuffer(data, dtype=np.uint64)))
             start += len(data) // 8 * PAGE_BYTES
         return found
@@ -158,6 +158,8 @@ class Pagemap:
     def _ioctl(self, argument: bytearray) -> int:
         try:
             return int(fcntl.ioctl(self._fd, PAGEMAP_SCAN, argument))
+        except ProcessLookupError:
+            raise
         except OSError as error:
             raise KernelCallFailed("PAGEMAP_SCAN", self._target, error.errno or 0) from error
 

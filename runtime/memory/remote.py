@@ -27,8 +27,9 @@ from runtime.linux.registers import Architecture, this_architecture
 from runtime.linux.userfaultfd import UFFD_USER_MODE_ONLY
 from runtime.memory.place import NotInjected, Place, find_place, status_fields
 
-# A thread stops within microseconds, unless it sleeps where it can not be woken (vfork, a disk) or is frozen.
-STOP_WAIT_S = 0.02
+# A thread stops as soon as a processor is free for it: at once, unless the machine is busy or its cgroup has used up
+# its share for this period (0.1 s). It runs or sleeps meanwhile. One that is frozen or waits for a disk does not stop.
+STOP_WAIT_S = 0.5
 # With our registers in it a thread is not left alone: the v1 freezer may hold it until it thaws.
 RESCUE_WAIT_S = 10.0
 # Busy waiting first: a thread that stands still must not wait for this one to be scheduled again.
@@ -106,7 +107,9 @@ class _Seized:
         self._tid = place.tid
         self._machine = machine
         self._clock = clock
-        self._begin = 0.0
+        self._stopped_at = 0.0
+        # When it was last seen running, which is at most one look before it stopped.
+        self._running_at = 0.0
         self.stop_ms = 0.0
         # What has to be put back; None as long as it has not been read, or when there is nobody left.
         self._registers: bytes | None = None
@@ -116,11 +119,11 @@ class _Seized:
 
     def stop(self) -> None:
         self._attach()
-        self._begin = self._clock()
         try:
             ptrace.interrupt(self._tid)
             self._wait_for_event_stop()
             self._standing = True
+            self._stopped_at = self._running_at
             registers = ptrace.get_registers(self._tid, self._machine.register_bytes)
             if len(registers) != self._machine.register_bytes:
                 raise NotInjected("it is a 32-bit program")
@@ -150,9 +153,10 @@ class _Seized:
             ptrace.resume(self._tid, ptrace.stop_signal(status))
 
     def _next_stop(self, wait_s: float = STOP_WAIT_S) -> int:
-        begin = self._clock()
+        begin = self._running_at = self._clock()
         while (status := ptrace.poll_stop(self._tid)) is None:
-            waited_s = self._clock() - begin
+            self._running_at = self._clock()
+            waited_s = self._running_at - begin
             if waited_s > wait_s:
                 raise Stuck("its thread does not stop")
             if waited_s > SPIN_S:
@@ -257,7 +261,7 @@ class _Seized:
                 ptrace.set_signal_mask(self._tid, self._mask)
                 ptrace.set_registers(self._tid, self._registers)
             ptrace.detach(self._tid)
-        self.stop_ms = (self._clock() - self._begin) * 1e3
+        self.stop_ms = (self._clock() - self._stopped_at) * 1e3
         for number in self._swallowed:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._place.pid, number)

@@ -98,13 +98,23 @@ class Copies:
         existing = {page for start, end in process.existing.spans() for page in range(start, end, PAGE)}
         for page in kept.keys() - existing:
             del kept[page]
-        with open(f"/proc/{process.pid}/mem", "rb", buffering=0) as memory:
-            for address, pages in process.to_copy:
-                data = os.pread(memory.fileno(), pages * PAGE, address)
-                assert len(data) == pages * PAGE
-                self._tracker.copied(process.pid, address, memoryview(data))
-                for index in range(pages):
-                    kept[address + index * PAGE] = data[index * PAGE : (index + 1) * PAGE]
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/{process.pid}/mem", "rb", buffering=0) as memory:
+            for start, end in process.to_copy.spans():
+                self._copy(memory.fileno(), process.pid, start, end, kept)
+
+    def _copy(self, memory_fd: int, pid: int, start: int, end: int, kept: dict[int, bytes]) -> None:
+        while start < end:
+            try:
+                data = os.pread(memory_fd, end - start, start)
+            except OSError:
+                data = b""
+            if not data:
+                start += PAGE  # unmapped since the scan, or the process has gone: the next scan knows
+                continue
+            self._tracker.copied(pid, start, memoryview(data))
+            for at in range(0, len(data), PAGE):
+                kept[start + at] = data[at : at + PAGE]
+            start += len(data)
 
     def check(self, pids: list[int]) -> None:
         for pid in pids:

@@ -1,0 +1,143 @@
+"""Containers that are tracked: confined by seccomp, in a user namespace of their own, and busy while it happens."""
+
+import contextlib
+import os
+import secrets
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.api import Container
+from runtime.container import Containers
+from runtime.host import HostConfig
+from runtime.memory.api import DirtyTracker
+from runtime.memory.tracker_hash import HashTracker
+from runtime.memory.tracker_uffd import UffdTracker
+from runtime.network import ensure_bridge
+from runtime.specify import new_spec
+from tests.support.mapper import Copies
+from tests.support.tasks import wait_for
+
+CHURN = Path(__file__).resolve().parents[1] / "workloads" / "churn.py"
+MIB, WORKERS = 6, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bridge() -> Iterator[None]:
+    """It stays on a host that once ran a container, so it is no test's."""
+    host = HostConfig(name="here")
+    known = Path(f"/sys/class/net/{host.bridge}").exists()
+    ensure_bridge(host)
+    yield
+    if not known:
+        subprocess.run(["ip", "link", "del", host.bridge], check=True, timeout=10)
+        subprocess.run(["nft", "delete", "table", "ip", "cmigrate"], check=True, timeout=10)
+
+
+@pytest.fixture
+def containers(tmp_path: Path) -> Iterator[Containers]:
+    name = f"cmigrate-test-{secrets.token_hex(3)}"
+    run_dir = Path("/run") / name
+    run_dir.mkdir()
+    # An overlay's upper layer can not lie on an overlay, which /tmp may be.
+    with tempfile.TemporaryDirectory(dir="/var/lib/cmigrate") as state:
+        host = HostConfig(name="here", state_dir=Path(state), run_dir=run_dir, cgroup_parent=name)
+        found = Containers(host)
+        try:
+            yield found
+        finally:
+            for container in found.list():
+                found.remove(container.id, force=True)
+            # Monitors are children of the process that started them: here, of this one.
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, 0):
+                    pass
+            run_dir.rmdir()
+
+
+class Churning:
+    """A container whose processes map, move, unmap and fork all the time, and know what their memory must hold."""
+
+    def __init__(self, containers: Containers) -> None:
+        argv = [os.path.realpath("/usr/bin/python3"), "-I", "-S", "-B", str(CHURN), "/", str(MIB), str(WORKERS)]
+        self.container: Container = containers.run(new_spec(containers, argv=argv, rootfs="host", network=False))
+        self.cgroup = containers.cgroup(self.container.id)
+        self._upper = containers.store.directory(self.container.id) / "upper"
+        wait_for(lambda: all((self._upper / str(n)).exists() for n in range(WORKERS)), "the workload to be busy")
+
+    def steps(self) -> list[int]:
+        return [int((self._upper / str(number)).read_text() or 0) for number in range(WORKERS)]
+
+    def goes_on_and_is_right(self) -> None:
+        before = self.steps()
+        wait_for(lambda: all(now > then for now, then in zip(self.steps(), before, strict=True)), "more steps")
+        assert not (self._upper / "wrong").exists(), (self._upper / "wrong").read_text()
+
+
+@pytest.mark.parametrize("make", [UffdTracker, HashTracker])
+def test_copies_of_a_churning_container_are_right_once_it_is_frozen(
+    containers: Containers, make: type[DirtyTracker]
+) -> None:
+    churning = Churning(containers)
+    tracker = make()
+    try:
+        copies = Copies(tracker)
+        tracker.arm(churning.cgroup.pids())
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            copies.follow(churning.cgroup.pids())
+        churning.cgroup.freeze()
+        frozen = churning.cgroup.pids()
+        last = copies.follow(frozen, final=True)
+        copies.check([process.pid for process in last.processes if not process.shares_memory_with])
+        assert {process.pid for process in last.processes} >= set(frozen[:WORKERS])
+    finally:
+        tracker.close()
+    churning.cgroup.thaw()
+    churning.goes_on_and_is_right()
+
+
+def test_every_process_is_tracked_though_its_seccomp_filter_forbids_userfaultfd(containers: Containers) -> None:
+    churning = Churning(containers)
+    pids = churning.cgroup.pids()
+    assert all("Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text() for pid in pids if is_python(pid))
+    tracker = UffdTracker()
+    try:
+        tracker.arm(pids)
+        scan = tracker.scan(pids)
+        reasons = {process.pid: process.reason for process in scan.processes if process.reason}
+        assert (reasons, tracker.facts().armed >= WORKERS) == ({}, True)
+        clean = tracker.scan(pids)
+        total = sum(process.existing.pages for process in clean.processes)
+        assert sum(process.to_copy.pages for process in clean.processes) < total / 2
+    finally:
+        tracker.close()
+    churning.goes_on_and_is_right()
+
+
+def is_python(pid: int) -> bool:
+    return b"churn.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_a_frozen_container_is_left_alone_and_tracked_once_it_runs_again(containers: Containers) -> None:
+    churning = Churning(containers)
+    churning.cgroup.freeze()
+    pids = churning.cgroup.pids()
+    tracker = UffdTracker()
+    try:
+        tracker.arm(pids)
+        assert set(tracker.facts().untracked.values()) == {"it is frozen"}
+        scan = tracker.scan(pids, final=True)
+        assert all(process.to_copy == process.existing and process.reason for process in scan.processes)
+        assert churning.cgroup.frozen()
+        churning.cgroup.thaw()
+        churning.goes_on_and_is_right()
+        tracker.arm(churning.cgroup.pids())
+        assert tracker.facts().armed >= WORKERS
+    finally:
+        tracker.close()
+    churning.goes_on_and_is_right()
