@@ -84,9 +84,12 @@ class CriuSession:
         return response
 
     def acknowledge(self, success: bool = True) -> None:
-        """Answer the pending notification; False makes CRIU fail the operation there."""
+        """Answer the pending notification; False makes CRIU fail the operation there. CriuFailed: it is gone."""
         request = rpc.criu_req(type=rpc.NOTIFY, notify_success=success)
-        self._sock.send(request.SerializeToString())
+        try:
+            self._sock.send(request.SerializeToString())
+        except OSError as error:
+            raise CriuFailed(f"lost the connection to CRIU: {error.strerror}") from error
 
     def run(self, request: Any, handlers: dict[str, Callable[[int], None]], timeout_s: float | None = None) -> Any:
         """Send ``request`` and answer notifications (``handlers[name](pid)``, then success) until the response.

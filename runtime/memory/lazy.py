@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
-# Below this much memory an eager restore is over sooner than the pager is under way (docs/adr/0011).
-EAGER_BELOW_BYTES = 256 << 20
+# Where the blackout of both is about the same (docs/adr/0011), memory that is all there is better than a pager at work.
+EAGER_BELOW_BYTES = 32 << 20
 # struct flock: type, whence, start, length, pid
 _FLOCK = struct.Struct("hhqqi4x")
 _CHANGING, _RAISED = 0, 1

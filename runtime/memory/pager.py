@@ -137,7 +137,10 @@ class Pager:
         return self._report
 
     def abandon(self) -> None:
-        """The restore is given up and its tasks are dead: end the pager. Nothing happens when it has ended."""
+        """The restore is given up: end the pager, and nothing is killed. Nothing happens when it has ended.
+
+        Call it before the held restore is discarded: a pager that loses its tasks unexpectedly kills the container.
+        """
         with contextlib.suppress(PagerDied, ProgramFailed):
             self._tell("abandon")
             self._expect("nothing", ANSWER_TIMEOUT_S)

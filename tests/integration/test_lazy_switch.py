@@ -81,6 +81,7 @@ def test_it_is_turned_off_after_one_of_several_was_killed() -> None:
 
 
 def test_little_memory_and_much_shared_memory_are_better_restored_at_once() -> None:
-    assert eager_is_better(64 * MIB, 0)
+    assert eager_is_better(16 * MIB, 0)
+    assert not eager_is_better(64 * MIB, 0)
     assert eager_is_better(1024 * MIB, 512 * MIB)
     assert not eager_is_better(1024 * MIB, 10 * MIB)

@@ -3,9 +3,11 @@
 import contextlib
 import os
 import secrets
+import shutil
 import signal
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from runtime.criu.dump import HeldDump
 from runtime.criu.lazy_images import write_lazy_images
 from runtime.criu.pages import SpaceId
 from runtime.criu.restore import HeldRestore
+from runtime.errors import CriuFailed
 from runtime.host import HostConfig
 from runtime.memory.lazy import SYSCTL
 from runtime.memory.pager import Pager, PagerDied
@@ -33,7 +36,7 @@ def containers(tmp_path: Path) -> Iterator[Containers]:
     run_dir.mkdir()
     # An overlay's upper layer can not lie on an overlay, which /tmp may be.
     with tempfile.TemporaryDirectory(dir="/var/lib/cmigrate") as state:
-        host = HostConfig(name="here", state_dir=Path(state), run_dir=run_dir, cgroup_parent=name)
+        host = HostConfig(name="here", state_dir=Path(state), run_dir=run_dir, cgroup_parent=name, bridge="cmpg0")
         found = Containers(host)
         try:
             yield found
@@ -44,7 +47,9 @@ def containers(tmp_path: Path) -> Iterator[Containers]:
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, 0):
                     pass
-            run_dir.rmdir()
+            subprocess.run(["ip", "link", "delete", "cmpg0"], capture_output=True, timeout=10, check=False)
+            subprocess.run(["nft", "delete", "table", "ip", "cmigrate"], capture_output=True, timeout=10, check=False)
+            shutil.rmtree(run_dir)
 
 
 @pytest.fixture
@@ -91,22 +96,26 @@ class Moved:
         self.containers.clean_up(self.container.id)
         return dump
 
-    def restore(self, dump: HeldDump, images: Path) -> Pager:
+    def restore(self, dump: HeldDump, images: Path, at_end: Callable[[Pager], None] | None = None) -> Pager:
+        """``at_end`` is called when nothing is missing but the release; what it raises discards the restore."""
         held = HeldRestore(self.containers, self.container.spec, CRIU, images, self.directory)
         cgroup = self.containers.cgroup(self.container.id)
+        held.prepare()
+        pager = Pager(cgroup.paths(), record=self.directory / "pager.json")
         try:
-            held.prepare()
-            pager = Pager(cgroup.paths(), record=self.directory / "pager.json")
             for space in write_lazy_images(images, CRIU.version, self.stores.stores, eager=self.stores.eager):
                 pager.add_space(space.vpid, self.stores.stores[SpaceId("task", space.vpid)], space.spans)
             self.stores.close()
             pager.listen(images)
             held.restore(dump.mounts, dump.pipes, lazy=True)
             pager.begin_filling()
+            if at_end is not None:
+                at_end(pager)
             state = held.release()
             self.containers.store.write_state(self.container.id, state)
             held.settle()
         except BaseException:
+            pager.abandon()
             held.discard()
             raise
         return pager
@@ -134,3 +143,34 @@ def test_when_the_pager_is_killed_the_container_is_killed_and_it_is_said(contain
     wait_for(lambda: containers.get("web1").state.status == Status.EXITED, "the container to be recorded as exited")
     # Nobody has seen a page of zeros that was none.
     assert not (moved.directory / "upper/wrong").exists()
+
+
+def test_a_pager_killed_before_the_release_lets_no_instruction_run(containers: Containers, images: Path) -> None:
+    moved = Moved(containers, 64)
+    churn_goes_on_and_is_right(moved.root, WORKERS)
+    dump = moved.dump(images)
+    steps = [(moved.directory / "upper" / str(number)).read_text() for number in range(WORKERS)]
+
+    def kill(pager: Pager) -> None:
+        os.kill(pager.pid, signal.SIGKILL)
+        with pytest.raises(PagerDied):
+            pager.wait(PATIENCE_S)
+
+    with pytest.raises(CriuFailed):
+        moved.restore(dump, images, kill)
+    assert [(moved.directory / "upper" / str(number)).read_text() for number in range(WORKERS)] == steps
+
+
+def test_a_discarded_restore_leaves_no_pager(containers: Containers, images: Path) -> None:
+    moved = Moved(containers, 16)
+    dump = moved.dump(images)
+    seen: list[int] = []
+
+    def give_up(pager: Pager) -> None:
+        seen.append(pager.pid)
+        raise ConnectionError("the source is gone")
+
+    with pytest.raises(ConnectionError):
+        moved.restore(dump, images, give_up)
+    wait_for(lambda: not Path(f"/proc/{seen[0]}").exists(), "the pager to be gone")
+    assert not (moved.directory / "pager.json").exists()

@@ -31,7 +31,7 @@ def memory() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def moved(tasks: Tasks | Churn, directory: Path, *, early: bool = False) -> Iterator[Pager]:
-    """Dumped into stores and restored lazily; the pager fills, from before the first instruction on if ``early``."""
+    """Dumped into stores and restored lazily; the pager fills, if ``early`` before the release, the highest first."""
     consumer = ToStores()
     try:
         dump_to_stores(tasks.pids[0], directory, consumer)
@@ -39,7 +39,8 @@ def moved(tasks: Tasks | Churn, directory: Path, *, early: bool = False) -> Iter
         spaces = write_lazy_images(directory, CRIU.version, consumer.stores, eager=consumer.eager)
         with Pager([], record=directory / "pager.json") as pager:
             for space in spaces:
-                pager.add_space(space.vpid, consumer.stores[SpaceId("task", space.vpid)], space.spans)
+                store = consumer.stores[SpaceId("task", space.vpid)]
+                pager.add_space(space.vpid, store, space.spans, hot=reversed(space.spans) if early else ())
             consumer.close()
             pager.listen(directory)
             restore_lazily(directory, (lambda _pid: pager.begin_filling()) if early else (lambda _pid: None))
