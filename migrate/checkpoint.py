@@ -10,14 +10,14 @@ import dataclasses
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from runtime.api import Container, ContainerSpec, Status, spec_from_json
 from runtime.archive import ArchiveReader, ArchiveWriter
-from runtime.container import Containers, utc_now
+from runtime.container import Containers, open_tree_roots, utc_now
 from runtime.criu.binary import find_criu
 from runtime.criu.dump import HeldDump
 from runtime.criu.options import ExternalMount
@@ -49,7 +49,7 @@ def checkpoint(host: HostConfig, reference: str, output: Path, *, leave_running:
         dump.freeze()
         dump.cut_off()
         dump.dump()
-        _write(containers, container, dump, output)
+        _write(containers, container, dump, output, open_tree_roots(containers, container, undo))
         if leave_running:
             dump.resume()
             return container
@@ -72,9 +72,8 @@ def _work_directory(host: HostConfig) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write(containers: Containers, container: Container, dump: HeldDump, output: Path) -> None:
-    directory = containers.store.directory(container.id)
-    inside = Path(f"/proc/{container.state.init_pid}/root")
+def _write(containers: Containers, container: Container, dump: HeldDump, output: Path, roots: Sequence[int]) -> None:
+    log = containers.store.directory(container.id) / LOG
     metadata = {
         "schema": CHECKPOINT_SCHEMA,
         "created_at": utc_now(),
@@ -88,11 +87,11 @@ def _write(containers: Containers, container: Container, dump: HeldDump, output:
     }
     with ArchiveWriter(output) as archive:
         archive.add_json(METADATA, metadata)
-        archive.add_tree(UPPER, directory / "upper")
-        for number, point in enumerate(("/dev/shm", *container.spec.tmpfs)):
-            archive.add_tree(f"tmpfs-{number}", Path(f"{inside}{point}"))
-        if (directory / LOG).exists():
-            archive.add_file(LOG, directory / LOG)
+        archive.add_tree(UPPER, roots[0])
+        for number, root in enumerate(roots[1:]):
+            archive.add_tree(f"tmpfs-{number}", root)
+        if log.exists():
+            archive.add_file(LOG, log)
         for path in sorted(dump.images.glob("*.img")):
             archive.add_file(f"images/{path.name}", path)
 

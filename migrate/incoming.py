@@ -70,6 +70,10 @@ class Incoming:
             sink.finish()
         self._pages.finish()
 
+    def sync(self) -> None:
+        """The container's files are on the disk when this returns. Writes much: not for a blackout."""
+        self._sinks[0].sync()
+
     def _receive_control(self) -> dict[str, Any]:
         frame = self._channel.receive(deadline=self._deadline())
         return frame.message()

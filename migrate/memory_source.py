@@ -7,6 +7,8 @@ those, pages that the target has and that were not written since are discarded t
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +16,12 @@ from pathlib import Path
 from migrate.messages import HELD_FLAG
 from migrate.outgoing import PAGE_BATCH_BYTES, PAGE_BYTES, Outgoing, PageSender
 from runtime.criu.page_protocol import PE_LAZY, SpaceId
-from runtime.criu.pages import RunReader, nonzero_runs
+from runtime.criu.pages import PageServer, RunReader, nonzero_runs
 from runtime.memory.api import DirtyTracker, ProcessScan, TrackerFacts
 from runtime.memory.ranges import EMPTY, PageRanges
+
+# CRIU says nothing while it waits for a task to be dumped; a task takes seconds at most.
+CRIU_SILENCE_S = 120.0
 
 
 class LiveMemory:
@@ -200,3 +205,29 @@ class DifferenceSender(PageSender):
         if index + 1 < len(self._starts):
             return min(end, self._starts[index + 1]), False
         return end, False
+
+
+class PageThread:
+    """The page server beside the conversation with CRIU; the only sender on the channel while it runs."""
+
+    def __init__(self, sock: socket.socket, criu_version: tuple[int, int, int], sender: PageSender) -> None:
+        self._server = PageServer(sock, criu_version, sender)
+        self._sender = sender
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="pages", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _serve(self) -> None:
+        try:
+            self._server.serve(idle_timeout_s=CRIU_SILENCE_S)
+            self._sender.flush()
+        except BaseException as error:
+            # The server has told CRIU, whose failure ends the wait for post-dump.
+            self._error = error
+
+    def wait(self) -> BaseException | None:
+        """Until the stream is over; what went wrong with it."""
+        self._thread.join()
+        return self._error

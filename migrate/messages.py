@@ -267,10 +267,13 @@ class Running(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Filled(Message):
-    """After RUNNING with ``lazy``: all memory is in place. ``faults`` had to be answered while the container ran."""
+class Complete(Message):
+    """After DONE: all memory is in place and all files are on the target's disk; the source need keep nothing.
 
-    TYPE: ClassVar[str] = "filled"
+    ``fill_ms`` is 0 after an eager restore; ``faults`` had to be answered while the container ran.
+    """
+
+    TYPE: ClassVar[str] = "complete"
     move_id: MoveId
     fill_ms: Time
     filled_bytes: Count = 0
@@ -373,7 +376,7 @@ MESSAGES: dict[str, type[Message]] = {
         Ready,
         Commit,
         Running,
-        Filled,
+        Complete,
         Done,
         Discard,
         Refused,

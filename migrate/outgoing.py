@@ -19,6 +19,8 @@ PAGE_BYTES = 4096
 PAGE_BATCH_BYTES = 4 << 20
 IMAGE_CHUNK_BYTES = 4 << 20
 CHANGES_PER_MESSAGE = 256
+# Far enough below a control frame's limit for what msgpack adds.
+CHANGES_BYTES = 512 << 10
 RUNS_PER_MESSAGE = 2048
 
 
@@ -41,14 +43,19 @@ class Outgoing:
         self.channel.send_data(tag, buffers, deadline=self._deadline())
         self.sent_bytes[kind] += self.channel.bytes_sent - before
 
-    def tree(self, number: int, root: Path, changes: Iterable[Change], sent: SentContent) -> None:
+    def tree(self, number: int, root: int, changes: Iterable[Change], sent: SentContent) -> None:
         """Changes of tree ``number`` (0 the upper layer, 1.. the tmpfs mounts), each followed by its content."""
         batch: list[dict[str, object]] = []
+        weight = 0
         for change in changes:
+            if weight + change.weight_bytes > CHANGES_BYTES and batch:
+                self.control({"type": "tree-changes", "tree": number, "changes": batch})
+                batch, weight = [], 0
             batch.append(change.to_message())
+            weight += change.weight_bytes
             if change.has_content or len(batch) >= CHANGES_PER_MESSAGE:
                 self.control({"type": "tree-changes", "tree": number, "changes": batch})
-                batch = []
+                batch, weight = [], 0
             if change.has_content:
                 for offset, chunk in read_chunks(root, change, sent=sent):
                     self.data("files", offset, (chunk,))

@@ -6,11 +6,9 @@ Until COMMIT is on this host's disk every failure ends with the container runnin
 from __future__ import annotations
 
 import contextlib
-import gc
-import socket
-import threading
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,19 +16,20 @@ from typing import Any, TypeVar
 from migrate import messages
 from migrate.costs import FixedCosts
 from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack
+from migrate.guards import garbage_collector_off, signals_ignored
 from migrate.journal import Journal
 from migrate.links import Session
-from migrate.machine import Action, Event, Phase, step
-from migrate.memory_source import DifferenceSender, LiveMemory
+from migrate.machine import JOURNALED, Action, Event, Phase, step
+from migrate.memory_source import DifferenceSender, LiveMemory, PageThread
 from migrate.observe import Held, PhaseEnded, PhaseStarted, Progress
 from migrate.outgoing import Outgoing, PageSender
 from migrate.phases import PhaseClock
 from migrate.precopy import Budget, Decision, Kind, Precopy, Round
-from runtime.api import Container
-from runtime.container import Containers
+from runtime.api import Container, Status
+from runtime.container import Containers, open_tree_roots
 from runtime.criu.binary import CriuBinary
 from runtime.criu.dump import HeldDump
-from runtime.criu.pages import PageServer, page_socketpair
+from runtime.criu.pages import page_socketpair
 from runtime.errors import CriuFailed
 from runtime.host import HostConfig
 from runtime.linux.procfs import parse_shared_writable
@@ -43,7 +42,7 @@ IDLE_TIMEOUT_S = 120.0
 # READY comes after the whole restore, which for an eager restore grows with memory.
 READY_TIMEOUT_S = 600.0
 DISCARD_TIMEOUT_S = 10.0
-FILL_TIMEOUT_S = 3600.0
+COMPLETE_TIMEOUT_S = 3600.0
 FIRST_EPOCH = 1
 
 M = TypeVar("M", bound=messages.Message)
@@ -76,22 +75,23 @@ class SourceMove:
         self._phase = Phase.INIT
         self._journal = Journal(host.journal_dir, move_id, side="source", epoch=FIRST_EPOCH)
         # Image files of a stop-copy go to the disk like any file; no page of any other move does.
+        self._closing = ExitStack()
         self._work = WorkDirectory(host.state_dir / "moves" / move_id if mode == "stopcopy" else None)
         self._out = Outgoing(session.channel, lambda: Deadline.after(IDLE_TIMEOUT_S))
         self._dump = HeldDump(self._containers, container, criu, self._work.path)
-        self._trees = self._tree_roots()
+        self._trees = open_tree_roots(self._containers, container, self._closing)
         self._log = self._containers.store.directory(container.id) / "log.jsonl"
         self._snapshots: list[Snapshot | None] = [None] * len(self._trees)
         self._sent = [SentContent() for _tree in self._trees]
         self._cgroup = self._containers.cgroup(container.id)
-        self._pages: _PageThread | None = None
+        self._pages: PageThread | None = None
         self._live: LiveMemory | None = None
         self._undo = ExitStack()
         self._budget = budget
         self.clock = PhaseClock()
         self.rounds = 0
         self.predicted_ms: float | None = None
-        self.filled: messages.Filled | None = None
+        self.complete: messages.Complete | None = None
         self.running: messages.Running | None = None
         self.prepared: messages.Prepared | None = None
         self._actions = self._action_table()
@@ -119,13 +119,6 @@ class SourceMove:
     def sent_bytes(self) -> Mapping[str, int]:
         return self._out.sent_bytes
 
-    def _tree_roots(self) -> list[Path]:
-        """The upper layer, then /dev/shm and the other tmpfs mounts as the container's own processes see them."""
-        spec = self._container.spec
-        inside = Path(f"/proc/{self._container.state.init_pid}/root")
-        points = ["/dev/shm", *spec.tmpfs]
-        return [self._containers.store.directory(spec.id) / "upper", *(Path(f"{inside}{point}") for point in points)]
-
     # The walk through the table
 
     def run(self) -> None:
@@ -137,6 +130,7 @@ class SourceMove:
             self._fail(error)
         finally:
             self._journal.close()
+            self._closing.close()
 
     def _go(self) -> None:
         self._mark("prepare")
@@ -150,15 +144,20 @@ class SourceMove:
             self._mark("restore")
             self._hear(messages.Ready, READY_TIMEOUT_S)
             self._mark("switchover")
-            self._on(Event.TARGET_READY)
-            self.running = self._hear(messages.Running)
+            with signals_ignored():
+                self._on(Event.TARGET_READY)
+                self.running = self._hear(messages.Running)
             self._mark("finish")
         self._on(Event.TARGET_RUNNING)
 
     def _on(self, event: Event) -> None:
-        self._phase, actions = step(self._phase, event)
+        """The phase is entered when its record is on the disk, or, without one, when all is done that leads to it."""
+        phase, actions = step(self._phase, event)
         for action in actions:
             self._actions[action]()
+            if action in JOURNALED:
+                self._phase = phase
+        self._phase = phase
 
     def _fail(self, error: BaseException) -> None:
         """Roll back where that is still ours to decide; raises what to tell the operator."""
@@ -215,7 +214,7 @@ class SourceMove:
             sender: PageSender = DifferenceSender(self._out, self._live)
         else:
             sender = PageSender(self._out)
-        self._pages = _PageThread(ours, self._criu.version, sender)
+        self._pages = PageThread(ours, self._criu.version, sender)
 
     def _send_discard(self) -> None:
         with contextlib.suppress(TransportError):
@@ -226,10 +225,10 @@ class SourceMove:
     def _send_done(self) -> None:
         with contextlib.suppress(TransportError):
             self._send(messages.Done(move_id=self._move_id, epoch=FIRST_EPOCH, report=self._make_report(self)))
-            if self.running is not None and self.running.lazy:
-                # It runs there already; this only tells how long its memory took.
-                self._mark("fill")
-                self.filled = self._hear(messages.Filled, FILL_TIMEOUT_S)
+            # It runs there already; until its memory and files are whole there, the files here are kept.
+            self._mark("complete")
+            self.complete = self._hear(messages.Complete, COMPLETE_TIMEOUT_S)
+            self._containers.store.remove(self._container.id)
 
     # Doing
 
@@ -331,48 +330,17 @@ class SourceMove:
         """The copy here is dead weight: kill it, remove what is left of it."""
         self._dump.finish()
         self._undo.pop_all()
-        self._containers.clean_up(self._container.id)
-        self._containers.store.remove(self._container.id)
         self._work.close()
-
-
-class _PageThread:
-    """The page server beside the conversation with CRIU; the only sender on the channel while it runs."""
-
-    def __init__(self, sock: socket.socket, criu_version: tuple[int, int, int], sender: PageSender) -> None:
-        self._server = PageServer(sock, criu_version, sender)
-        self._sender = sender
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name="pages", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def _serve(self) -> None:
-        try:
-            self._server.serve(idle_timeout_s=IDLE_TIMEOUT_S)
-            self._sender.flush()
-        except BaseException as error:
-            # The server has told CRIU, whose failure ends the wait for post-dump.
-            self._error = error
-
-    def wait(self) -> BaseException | None:
-        """Until the stream is over; what went wrong with it."""
-        self._thread.join()
-        return self._error
-
-
-@contextlib.contextmanager
-def garbage_collector_off() -> Iterator[None]:
-    """No collection in the blackout: with a large heap one takes milliseconds."""
-    was_on = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+        self._containers.clean_up(self._container.id)
+        # Until the target is complete the files stay, for whoever has to find out what became of it.
+        gone = dataclasses.replace(
+            self._container.state,
+            status=Status.MOVED,
+            init_pid=0,
+            init_start_ticks=0,
+            moved_to=self._session.entry.name,
+        )
+        self._containers.store.write_state(self._container.id, gone)
 
 
 def _event_of(error: BaseException) -> Event:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from migrate import messages
-from migrate.errors import MoveRefused
+from migrate.errors import MoveRefused, describe
 from migrate.incoming import Incoming
 from migrate.journal import Journal
 from migrate.memory_target import ImagePages, PageSink, StorePages
 from migrate.report import report_from_json
 from migrate.reports import ReportStore
 from migrate.session import Asked, package_version
-from migrate.target_machine import Action, Event, Phase, step
+from migrate.target_machine import JOURNALED, Action, Event, Phase, step
 from runtime.container import Containers
 from runtime.criu.binary import find_criu
 from runtime.criu.restore import HeldRestore
@@ -57,7 +57,7 @@ class TargetMove:
         self._spec = offer.spec
         self._containers = Containers(host)
         self._criu = find_criu()
-        self._phase = Phase.IDLE
+        self._phase = self._came_from = Phase.IDLE
         self._journal = Journal(host.journal_dir, offer.move_id, side="target", epoch=offer.epoch)
         self._directory = self._containers.store.directory(self._spec.id)
         # Image files of a stop-copy go to the disk like any file; no page of any other move does.
@@ -103,15 +103,20 @@ class TargetMove:
                 self._on(_event_of(error))
             elif self._phase is not Phase.IDLE:
                 self._on_release_failed(error)
-            if not isinstance(error, Exception):
+            if self._phase is Phase.IDLE or not isinstance(error, Exception):
                 raise
         finally:
             self._journal.close()
 
     def _on(self, event: Event) -> None:
-        self._phase, actions = step(self._phase, event)
+        """The phase is entered when its record is on the disk, or, without one, when all is done that leads to it."""
+        self._came_from = self._phase
+        phase, actions = step(self._phase, event)
         for action in actions:
             self._actions[action]()
+            if action in JOURNALED:
+                self._phase = phase
+        self._phase = phase
 
     def _write(self, phase: str, details: Mapping[str, Any] | None = None) -> None:
         self._journal.append(phase, details)
@@ -175,7 +180,7 @@ class TargetMove:
             self._lazy_pager.begin_filling()
         self._restore.settle()
         self._wait_for_done()
-        self._wait_for_fill()
+        self._become_complete()
 
     def _expect(self, kind: type[M], message: Mapping[str, Any]) -> M:
         if message.get("type") == messages.Discard.TYPE:
@@ -193,8 +198,14 @@ class TargetMove:
         self._work.close()
 
     def _send_refused(self) -> None:
+        error = self._error or MoveRefused("refused")
+        answer: messages.Message = messages.Error.of(error)
+        if self._came_from in (Phase.RESTORED_HELD, Phase.COMMIT_LOGGED):
+            # COMMIT may be on its way or here: only this word gives the right to run back.
+            move_id, epoch = self._offer.move_id, self._offer.epoch
+            answer = messages.Refused(move_id=move_id, epoch=epoch, why=describe(error).what[:4000])
         with contextlib.suppress(TransportError):
-            self._send(messages.Error.of(self._error or MoveRefused("refused")))
+            self._send(answer)
 
     # From COMMIT on
 
@@ -232,21 +243,24 @@ class TargetMove:
     def _lazy_pager(self) -> Pager | None:
         return self._pager if self._stores is not None and self._stores.lazy else None
 
-    def _wait_for_fill(self) -> None:
-        """All memory is in place when this returns, or the pager has died and the container with it."""
+    def _become_complete(self) -> None:
+        """All memory is in place and all files are on the disk when this returns: the source need keep nothing.
+
+        Where a pager dies before that, the container dies with it, and this raises.
+        """
+        assert self._incoming is not None
         pager = self._lazy_pager
-        if pager is None:
-            return
-        with pager, contextlib.suppress(TransportError):
-            report = pager.wait(FILL_TIMEOUT_S)
-            self._send(
-                messages.Filled(
-                    move_id=self._offer.move_id,
-                    fill_ms=report.complete_ms,
-                    filled_bytes=report.filled_bytes,
-                    faults=report.faults,
-                )
-            )
+        fill_ms, filled_bytes, faults = 0.0, 0, 0
+        if pager is not None:
+            with pager:
+                report = pager.wait(FILL_TIMEOUT_S)
+            fill_ms, filled_bytes, faults = report.complete_ms, report.filled_bytes, report.faults
+        self._incoming.sync()
+        complete = messages.Complete(
+            move_id=self._offer.move_id, fill_ms=fill_ms, filled_bytes=filled_bytes, faults=faults
+        )
+        with contextlib.suppress(TransportError):
+            self._send(complete)
 
     def _on_release_failed(self, error: BaseException) -> None:
         """CRIU kills the tree when it can not let it go; where it did so before resuming anything, that is proof that

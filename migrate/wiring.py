@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from migrate import messages, preflight
-from migrate.errors import InDoubt, MigrateError, MoveRefused, describe
+from migrate.errors import InDoubt, MoveRefused, RolledBack, describe
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Warning
 from migrate.precopy import Budget
@@ -55,6 +55,7 @@ class _Course:
     started_at: str = field(default_factory=utc_now)
     begin: float = field(default_factory=time.monotonic)
     memory_bytes: int = 0
+    began: bool = False
     versions: Versions = field(default_factory=Versions)
 
 
@@ -148,6 +149,7 @@ def _move_locked(
             budget=Budget(downtime_limit_ms=options.downtime_limit_ms, throttle=False),
             make_report=lambda done: _moved(course, done).to_json(),
         )
+        course.began = True
         try:
             source.run()
         except BaseException as error:
@@ -214,9 +216,7 @@ def _failed(course: _Course, error: BaseException) -> MoveReport:
     told = describe(error)
     if isinstance(error, InDoubt):
         outcome = Outcome.IN_DOUBT
-    elif (isinstance(error, MigrateError) and not isinstance(error, MoveRefused)) or isinstance(
-        error, KeyboardInterrupt
-    ):
+    elif isinstance(error, RolledBack) or (isinstance(error, KeyboardInterrupt) and course.began):
         outcome = Outcome.ROLLED_BACK
     else:
         outcome = Outcome.REFUSED

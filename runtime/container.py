@@ -22,6 +22,7 @@ from runtime.api import Container, ContainerSpec, ContainerState, Status
 from runtime.cgroup import CgroupLayout, CgroupStats, ContainerCgroup
 from runtime.errors import Busy, NotFound, RuntimeFault, WrongState
 from runtime.host import HostConfig
+from runtime.linux.files import open_in_root
 from runtime.network import ContainerNetwork, ensure_bridge
 from runtime.ports import refuse_taken_ports
 from runtime.rootfs import prepare_upper
@@ -314,6 +315,22 @@ def running_state(init_pid: int, monitor_pid: int, *, restarts: int = 0, started
         started_at=started_at or utc_now(),
         restarts=restarts,
     )
+
+
+def open_tree_roots(containers: Containers, container: Container, undo: ExitStack) -> list[int]:
+    """Descriptors of what is the container's own: upper layer, /dev/shm, other tmpfs mounts; closed by ``undo``.
+
+    Opened as the container sees them, and not through a path that its symbolic links could lead elsewhere.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    roots = [os.open(containers.store.directory(container.id) / "upper", flags)]
+    undo.callback(os.close, roots[0])
+    inside = os.open(f"/proc/{container.state.init_pid}/root", flags)
+    undo.callback(os.close, inside)
+    for point in ("/dev/shm", *container.spec.tmpfs):
+        roots.append(open_in_root(inside, point, flags))
+        undo.callback(os.close, roots[-1])
+    return roots
 
 
 def utc_now() -> str:

@@ -108,9 +108,11 @@ class HeldRestore:
 
         ``lazy``: a pager listens in ``images`` and has the private memory (runtime/memory/pager.py).
         """
-        if self._session is None:
+        if self._session is None or self._launch is None:
             raise CriuFailed("the restore was not prepared")
         self.marks["restore"] = time.monotonic()
+        self._launch.tell("mount")
+        self._launch.expect("mounted")
         # CRIU opens the directory as /proc/<our pid>/fd/<number>, so it stays open here until then.
         images_fd = os.open(self._images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

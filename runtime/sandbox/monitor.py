@@ -7,7 +7,8 @@ own the same way, whose child ``criu swrk`` brings the container up as the monit
 FD is one end of a SOCK_SEQPACKET pair: JSON datagrams, descriptors by SCM_RIGHTS.
   caller: {"mode": "run"|"restore", "spec", "directory", "run_dir", "cgroup_paths", ...}   (launch.py)
   run      monitor: {"event": "created", "init_pid"}   caller: {"op": "go"}   monitor: {"event": "started"}
-  restore  monitor: {"event": "sandbox", ...}   caller: {"op": "adopt", "init_pid"}   monitor: {"event": "started"}
+  restore  monitor: {"event": "sandbox", ...}   caller: {"op": "mount"}   monitor: {"event": "mounted"}
+           caller: {"op": "adopt", "init_pid"}   monitor: {"event": "started"}
   either   monitor: {"event": "failed", "what", "exit_code"} and it undoes what it did and ends.
 The caller closing FD before "started" is the order to undo everything.
 Afterwards RUN/monitor.sock takes one request a connection: see service.py.
@@ -61,7 +62,7 @@ class Monitor:
         calls.unshare(calls.CLONE_NEWNS)
         calls.mount("none", "/", "", calls.MS_REC | calls.MS_PRIVATE)
         try:
-            rootfs.make_outer_mounts(self._config["spec"], self._config["directory"], self._config["run_dir"])
+            rootfs.make_outer_mounts(self._config["spec"], self._config["run_dir"])
             if self._config["mode"] == "run":
                 self._run()
             else:
@@ -98,7 +99,11 @@ class Monitor:
             raise LaunchFailed("the launching command gave up")
         return message
 
+    def _mount_root(self) -> None:
+        rootfs.mount_root(self._config["spec"], self._config["directory"], self._config["run_dir"])
+
     def _run(self) -> None:
+        self._mount_root()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         outer = os.fork()
         if outer == 0:
@@ -154,6 +159,10 @@ class Monitor:
                 "pipes": reader_inodes,
             }
         )
+        # The upper layer has been filled from outside until now, which an overlay would not bear.
+        self._hear("mount")
+        self._mount_root()
+        self._tell({"event": "mounted"})
         message = self._hear("adopt")
         self._init_pid = int(message["init_pid"])
         os.waitpid(criu, 0)

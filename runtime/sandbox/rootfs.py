@@ -34,18 +34,24 @@ def _is_host_root(spec: Mapping[str, Any]) -> bool:
     return bool(spec["rootfs"] == "host")
 
 
-def make_outer_mounts(spec: Mapping[str, Any], directory: str, run_dir: str) -> None:
-    """In the calling (private) mount namespace: overlay at RUN/root, device nodes at RUN/dev, tmpfs at RUN/tmpfs-N.
-
-    RUN/tmpfs-0 is /dev/shm, the others are ``spec['tmpfs']`` in order. Idempotent only in a fresh namespace.
-    """
+def mount_root(spec: Mapping[str, Any], directory: str, run_dir: str) -> None:
+    """The overlay at RUN/root, in the calling (private) mount namespace; the upper layer must not change from outside
+    any more."""
     lower = "/" if _is_host_root(spec) else str(spec["rootfs"])
-    for name in ("root", "dev", "empty"):
-        os.makedirs(f"{run_dir}/{name}", exist_ok=True)
+    os.makedirs(f"{run_dir}/root", exist_ok=True)
     options = f"lowerdir={_escape(lower)},upperdir={_escape(directory)}/upper,workdir={_escape(directory)}/work"
     # Off by name, whatever the kernel's defaults: the upper layer must mean the same on the next host.
     options += ",redirect_dir=off,metacopy=off,index=off,xino=off"
     calls.mount("overlay", f"{run_dir}/root", "overlay", 0, options)
+
+
+def make_outer_mounts(spec: Mapping[str, Any], run_dir: str) -> None:
+    """In the calling (private) mount namespace: device nodes at RUN/dev, an empty directory, tmpfs at RUN/tmpfs-N.
+
+    RUN/tmpfs-0 is /dev/shm, the others are ``spec['tmpfs']`` in order. For a fresh namespace.
+    """
+    for name in ("dev", "empty"):
+        os.makedirs(f"{run_dir}/{name}", exist_ok=True)
     _make_devices(f"{run_dir}/dev")
     calls.mount("tmpfs", f"{run_dir}/empty", "tmpfs", calls.MS_RDONLY, "size=4k,mode=755")
     for number in range(1 + len(spec["tmpfs"])):

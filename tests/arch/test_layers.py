@@ -29,7 +29,7 @@ MIGRATE_LAYERS = (
     ("links",),
     ("session",),
     ("preflight",),
-    ("inventory", "journal", "observe", "reports", "incoming", "memory_source", "phases"),
+    ("inventory", "journal", "observe", "reports", "incoming", "memory_source", "phases", "guards"),
     ("outgoing", "memory_target"),
     ("target_machine",),
     ("machine",),
