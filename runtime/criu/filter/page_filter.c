@@ -1,5 +1,6 @@
 /*
- * Loaded into a dumping CRIU with LD_PRELOAD: takes pages that the target already has out of the kernel's answers.
+ * Loaded into a dumping CRIU with LD_PRELOAD: takes pages that the target already has out of the kernel's answers, and,
+ * when told so, the host's connection tracking too.
  *
  * CRIU asks which pages of a task exist with ioctl(PAGEMAP_SCAN) on /proc/PID/pagemap. For ranges listed in a table
  * that the starter of CRIU fills, this object answers "nothing here", without asking the kernel; what remains is asked
@@ -45,8 +46,11 @@ struct task {
 struct table {
 	uint64_t magic, capacity, published, tasks;
 	uint64_t ranges_at; /* in bytes from the beginning; the tasks follow this header */
-	uint64_t loaded, calls, filtered, scans, removed_bytes, reserved;
+	uint64_t options;
+	uint64_t loaded, calls, filtered, scans, removed_bytes, skipped_dumps;
 };
+
+#define WITHOUT_CONNTRACK 1
 
 extern int *__errno_location(void);
 
@@ -59,6 +63,8 @@ static struct table *table;
 #define SYS_MMAP 9
 #define SYS_IOCTL 16
 #define SYS_READLINKAT 267
+#define SYS_SENDMSG 46
+#define SYS_GETSOCKOPT 55
 
 static long kernel_call(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -78,6 +84,8 @@ static long kernel_call(long number, long a, long b, long c, long d, long e, lon
 #define SYS_MMAP 222
 #define SYS_IOCTL 29
 #define SYS_READLINKAT 78
+#define SYS_SENDMSG 211
+#define SYS_GETSOCKOPT 209
 
 static long kernel_call(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -320,6 +328,8 @@ static long filtered_scan(int fd, struct pm_scan_arg *wanted, const struct task 
 	return (long)answer.used;
 }
 
+/* ------------------------------------------------------------------------------------------------ libc's names */
+
 /* Which of CRIU's scans ask for existing pages, and only that. Others (guard pages, protection) are not ours. */
 static int is_for_pages(const struct pm_scan_arg *wanted)
 {
@@ -341,4 +351,64 @@ __attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, 
 		}
 	}
 	return (int)result_of(kernel_call(SYS_IOCTL, fd, (long)request, (long)argument, 0, 0, 0));
+}
+
+struct message {
+	void *name;
+	uint32_t name_bytes;
+	struct {
+		void *base;
+		uint64_t bytes;
+	} * parts;
+	uint64_t parts_count;
+	void *control;
+	uint64_t control_bytes;
+	int flags;
+};
+
+struct netlink_header {
+	uint32_t bytes;
+	uint16_t type, flags;
+	uint32_t sequence, port;
+};
+
+#define NETLINK_NETFILTER 12
+#define CONNTRACK_GET (1 << 8 | 1) /* NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET */
+#define NLM_F_REQUEST 0x001
+#define NLM_F_ACK 0x004
+#define NLM_F_DUMP 0x300
+#define NLMSG_NOOP 1
+#define SOL_SOCKET 1
+#define SO_PROTOCOL 38
+
+static int asks_for_conntrack(int fd, const struct message *message)
+{
+	const struct netlink_header *header;
+	int protocol = -1, bytes = sizeof(protocol);
+
+	if (message->parts_count != 1 || message->parts[0].bytes < sizeof(*header))
+		return 0;
+	header = message->parts[0].base;
+	if (header->type != CONNTRACK_GET || (header->flags & NLM_F_DUMP) != NLM_F_DUMP)
+		return 0;
+	kernel_call(SYS_GETSOCKOPT, fd, SOL_SOCKET, SO_PROTOCOL, (long)&protocol, (long)&bytes, 0);
+	return protocol == NETLINK_NETFILTER;
+}
+
+/*
+ * CRIU dumps the network namespace's connection tracking twice, and each time the kernel walks the table of the whole
+ * host. Where nothing is restored from it, a request that does nothing is sent instead: its acknowledgement ends the
+ * dump with no entry.
+ */
+__attribute__((visibility("default"))) long sendmsg(int fd, struct message *message, int flags)
+{
+	struct netlink_header *header;
+
+	if (table && table->options & WITHOUT_CONNTRACK && asks_for_conntrack(fd, message)) {
+		header = message->parts[0].base;
+		header->type = NLMSG_NOOP;
+		header->flags = NLM_F_REQUEST | NLM_F_ACK;
+		table->skipped_dumps++;
+	}
+	return result_of(kernel_call(SYS_SENDMSG, fd, (long)message, flags, 0, 0, 0));
 }

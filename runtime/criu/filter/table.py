@@ -15,13 +15,14 @@ import numpy
 from runtime.memory.ranges import PageRanges
 
 VARIABLE = "CMIGRATE_PAGE_FILTER"
-# struct table of page_filter.c: magic, capacity, published, tasks, ranges_at; loaded, calls, filtered, scans,
-# removed_bytes, reserved.
-_HEADER = struct.Struct("=11Q")
+# struct table of page_filter.c: magic, capacity, published, tasks, ranges_at, options; loaded, calls, filtered, scans,
+# removed_bytes, skipped_dumps.
+_HEADER = struct.Struct("=12Q")
 _TASK = struct.Struct("=3Q")
 _MAGIC = 0x314B434142474743
 _PUBLISHED_AT = 16
-_COUNTERS_AT = 40
+_COUNTERS_AT = 48
+_WITHOUT_CONNTRACK = 1
 # Room for 16 million ranges. It is a sparse file: only what is written takes memory.
 CAPACITY_BYTES = 1 << 28
 
@@ -29,13 +30,15 @@ CAPACITY_BYTES = 1 << 28
 @dataclass(frozen=True, kw_only=True)
 class FilterCounters:
     """What the filter did: ``calls`` of PAGEMAP_SCAN by CRIU, of which it answered ``filtered`` itself with ``scans``
-    real ones; ``removed_bytes`` of address space were answered as known, populated or not."""
+    real ones; ``removed_bytes`` of address space were answered as known, populated or not. ``skipped_dumps`` are those
+    of connection tracking."""
 
     loaded: bool
     calls: int
     filtered: int
     scans: int
     removed_bytes: int
+    skipped_dumps: int = 0
 
 
 class PageFilter:
@@ -43,9 +46,12 @@ class PageFilter:
 
     The object itself is handed over as a memory file too, so that neither odd characters in a path nor a file system
     mounted noexec (as /run often is) are in its way. The programs that CRIU starts do not get it.
+
+    ``without_conntrack``: CRIU finds no connection tracking in the container's network namespace, and its images hold
+    none. For a restore into a namespace whose rules are not restored either.
     """
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path, *, without_conntrack: bool = False) -> None:
         self._fds: list[int] = []
         self._table: mmap.mmap | None = None
         try:
@@ -55,7 +61,9 @@ class PageFilter:
             os.ftruncate(table, CAPACITY_BYTES)
             os.write(code, library.read_bytes())
             self._table = mmap.mmap(table, CAPACITY_BYTES)
-            self._table[: _HEADER.size] = _HEADER.pack(_MAGIC, CAPACITY_BYTES, *(0,) * 9)
+            self._table[: _HEADER.size] = _HEADER.pack(
+                *(_MAGIC, CAPACITY_BYTES, 0, 0, 0, _WITHOUT_CONNTRACK if without_conntrack else 0), *(0,) * 6
+            )
         except BaseException:
             self.close()
             raise
@@ -100,8 +108,15 @@ class PageFilter:
         return self.counters().loaded
 
     def counters(self) -> FilterCounters:
-        loaded, calls, filtered, scans, removed = struct.unpack_from("=5Q", self._view(), _COUNTERS_AT)
-        return FilterCounters(loaded=bool(loaded), calls=calls, filtered=filtered, scans=scans, removed_bytes=removed)
+        loaded, calls, filtered, scans, removed, skipped = struct.unpack_from("=6Q", self._view(), _COUNTERS_AT)
+        return FilterCounters(
+            loaded=bool(loaded),
+            calls=calls,
+            filtered=filtered,
+            scans=scans,
+            removed_bytes=removed,
+            skipped_dumps=skipped,
+        )
 
     def _view(self) -> mmap.mmap:
         if self._table is None:
