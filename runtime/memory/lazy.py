@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
-# Where the blackout of both is about the same (docs/adr/0011), memory that is all there is better than a pager at work.
+# A judgement: there is little to gain below, and memory that is all there needs no pager (docs/adr/0011).
 EAGER_BELOW_BYTES = 32 << 20
 # struct flock: type, whence, start, length, pid
 _FLOCK = struct.Struct("hhqqi4x")
