@@ -28,13 +28,14 @@ from runtime.errors import CorruptData, CriuFailed
 from runtime.memory.pager import Pager
 from runtime.store import process_start_ticks
 from runtime.workdir import WorkDirectory
-from transport.api import ChannelClosed, Deadline, DeadlineExpired, Frame, TransportError
+from transport.api import ChannelClosed, Deadline, DeadlineExpired, Frame, FrameKind, TransportError
 
 # The source may be busy for long between two frames while CRIU walks memory there, but not for ever.
 IDLE_TIMEOUT_S = 600.0
 # From READY on both sides wait for a few bytes only.
 COMMIT_TIMEOUT_S = 60.0
 DONE_TIMEOUT_S = 60.0
+DRAIN_TIMEOUT_S = 60.0
 # Memory fills at a gigabyte a second and more, whatever else the host does.
 FILL_TIMEOUT_S = 3600.0
 LAZY_MODES = ("precopy",)
@@ -70,6 +71,8 @@ class TargetMove:
         self._stores: StorePages | None = None
         self._running: messages.Running | None = None
         self._error: BaseException | None = None
+        self._channel_is_clear = False
+        """The source has said its last word on this move."""
         move_id, epoch = offer.move_id, offer.epoch
         self._actions: dict[Action, Callable[[], None]] = {
             Action.JOURNAL_RESERVED: self._journal_reserved,
@@ -105,8 +108,20 @@ class TargetMove:
                 self._on_release_failed(error)
             if self._phase is Phase.IDLE or not isinstance(error, Exception):
                 raise
+            self._drain()
         finally:
             self._journal.close()
+
+    def _drain(self) -> None:
+        """Throw away what was on its way when this side gave up: a connection closed on it would take our word along,
+        and the source would not learn why."""
+        deadline = Deadline.after(DRAIN_TIMEOUT_S)
+        with contextlib.suppress(TransportError):
+            while not self._channel_is_clear:
+                frame = self._channel.receive(deadline=deadline)
+                self._channel_is_clear = (
+                    frame.kind is FrameKind.CONTROL and frame.message().get("type") == messages.Discard.TYPE
+                )
 
     def _on(self, event: Event) -> None:
         """The phase is entered when its record is on the disk, or, without one, when all is done that leads to it."""
@@ -184,14 +199,16 @@ class TargetMove:
 
     def _expect(self, kind: type[M], message: Mapping[str, Any]) -> M:
         if message.get("type") == messages.Discard.TYPE:
+            self._channel_is_clear = True
             raise MoveRefused(f"called off by the source: {messages.Discard.parse(message).why}")
         return kind.parse(message)
 
     def _undo(self) -> None:
-        with contextlib.suppress(Exception):
-            self._restore.discard()
+        # First the pager: its guard would kill the cgroup of that name, which may be another's by then.
         if self._pager is not None:
             self._pager.abandon()
+        with contextlib.suppress(Exception):
+            self._restore.discard()
         if self._incoming is not None:
             self._incoming.close()
         self._containers.store.forget_reservation(self._spec.id, self._offer.move_id)
