@@ -46,6 +46,8 @@ _SWAP_TYPE = np.uint64(0x1F)
 # "write-protected" or "guard" about a page that does not exist.
 _PTE_MARKER = np.uint64(31)
 _READ_PAGES = 1 << 16
+# Reading on through the entries of 512 pages costs less than another call.
+_NEAR_BYTES = 512 * PAGE_BYTES
 
 Bounds = NDArray[np.uint64]
 
@@ -71,61 +73,56 @@ class Pagemap:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def written(self, start: int, end: int, *, protect: bool) -> tuple[Bounds, bool]:
+    def written(self, start: int, end: int, *, protect: bool) -> Bounds:
         """Pages written since they were last protected; with ``protect`` they are protected again in the same step.
 
-        The second value says whether all of the range is watched by a userfaultfd. When it is not, an unknown part of
-        the range has been looked at (and protected), and the first value is what was found there.
+        Mappings that no userfaultfd watches may be left out or reported in full: ask ``own_pages_by_watch`` afterwards.
         A whole block of page table that does not exist (2 MiB) is not reported, though it may have existed before.
         """
         # WRITTEN alone: with PRESENT beside it a page dropped by MADV_DONTNEED is taken for clean (07b4377bdbe7).
-        flags = PM_SCAN_CHECK_WPASYNC | (PM_SCAN_WP_MATCHING if protect else 0)
-        found: list[Bounds] = []
-        while start < end:
-            self._regions[:, 0] = 0
-            try:
-                count, start = self._scan(flags, start, end, (0, PAGE_IS_WRITTEN, 0, PAGE_IS_WRITTEN))
-            except KernelCallFailed as error:
-                if error.errno != errno.EPERM:
-                    raise
-                # What was found before the mapping that is not watched has been written out, though not counted.
-                count = int(np.count_nonzero(self._regions[:, 0]))
-                return _joined([*found, self._regions[:count, :2].copy()]), False
-            found.append(self._regions[:count, :2].copy())
-        return _joined(found), True
+        flags = PM_SCAN_WP_MATCHING if protect else 0
+        return _joined(
+            [part[:, :2] for part in self._scan(flags, start, end, (0, PAGE_IS_WRITTEN, 0, PAGE_IS_WRITTEN))]
+        )
 
     def protect(self, start: int, end: int) -> None:
         """Protect all pages of a watched range, and report none. EPERM: not all of it is watched."""
-        argument = bytearray(
-            _SCAN.pack(
-                *(_SCAN.size, PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, start, end),
-                *(0, 0, 0, 0, 0, PAGE_IS_WRITTEN, 0, PAGE_IS_WRITTEN),
-            )
-        )
-        self._ioctl(argument)
+        flags = PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC
+        nowhere = (0, 0, 0)
+        categories = (0, PAGE_IS_WRITTEN, 0, PAGE_IS_WRITTEN)
+        self._ioctl(bytearray(_SCAN.pack(_SCAN.size, flags, start, end, 0, *nowhere, *categories)))
 
     def own_pages(self, start: int, end: int, *, of_files: bool) -> Bounds:
         """Private pages with content: present or swapped out, and not the shared page of zeros.
 
         ``of_files``: the range maps files, and pages that merely show the file's content do not count.
         """
-        wanted = PAGE_IS_PFNZERO | (PAGE_IS_FILE if of_files else 0)
-        either = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-        found: list[Bounds] = []
-        while start < end:
-            count, start = self._scan(0, start, end, (wanted, wanted, either, either))
-            regions = self._regions[:count]
-            swapped = regions[:, 2] & np.uint64(PAGE_IS_PRESENT) == 0
-            found.append(regions[~swapped, :2].copy())
-            found += [self._without_markers(int(first), int(last)) for first, last in regions[swapped, :2]]
-        return _joined(found)
+        return _joined(list(self.own_pages_by_watch(start, end, of_files=of_files)))
 
-    def _without_markers(self, start: int, end: int) -> Bounds:
-        """To PAGEMAP_SCAN markers are swapped pages, as are pages that are just being moved. The entries tell."""
+    def own_pages_by_watch(self, start: int, end: int, *, of_files: bool) -> tuple[Bounds, Bounds]:
+        """``own_pages`` in two parts: in mappings that a userfaultfd watches, and in others."""
+        excluded = PAGE_IS_PFNZERO | (PAGE_IS_FILE if of_files else 0)
+        either = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
+        regions = _joined(self._scan(0, start, end, (excluded, excluded, either, either | PAGE_IS_WPALLOWED)), 3)
+        watched = regions[:, 2] & np.uint64(PAGE_IS_WPALLOWED) != 0
+        present = regions[:, 2] & np.uint64(PAGE_IS_PRESENT) != 0
+        first, second = (
+            _joined([regions[part & present, :2], self._swapped(regions[part & ~present, :2])])
+            for part in (watched, ~watched)
+        )
+        return first, second
+
+    def _swapped(self, regions: Bounds) -> Bounds:
+        """Of pages that PAGEMAP_SCAN calls swapped, those that exist: markers are no pages. The entries tell."""
         found: list[Bounds] = []
-        for first, entries in self._entries(start, end):
-            marker = (entries & _PM_PRESENT == 0) & (entries & _PM_SWAP != 0) & (entries & _SWAP_TYPE == _PTE_MARKER)
-            found.append(runs(first, ~marker & (entries & (_PM_PRESENT | _PM_SWAP) != 0)))
+        if len(regions):
+            far = np.flatnonzero(regions[1:, 0] - regions[:-1, 1] > np.uint64(_NEAR_BYTES)) + 1
+            for part in np.split(regions, far):
+                for first, entries in self._entries(int(part[0, 0]), int(part[-1, 1])):
+                    swapped = entries & (_PM_PRESENT | _PM_SWAP | _PM_FILE) == _PM_SWAP
+                    real = swapped & (entries & _SWAP_TYPE != _PTE_MARKER)
+                    if real.any():
+                        found.append(runs(first, real & _covered(part, first, len(entries))))
         return _joined(found)
 
     def own_pages_by_entry(self, start: int, end: int) -> Bounds:
@@ -148,12 +145,16 @@ class Pagemap:
             start += len(data) // 8 * PAGE_BYTES
         return found
 
-    def _scan(self, flags: int, start: int, end: int, categories: tuple[int, int, int, int]) -> tuple[int, int]:
-        """How many regions were found, and the address up to which the range was walked."""
-        vector = (self._regions.ctypes.data, len(self._regions), STEP_PAGES)
-        argument = bytearray(_SCAN.pack(_SCAN.size, flags, start, end, 0, *vector, *categories))
-        count = self._ioctl(argument)
-        return count, int.from_bytes(argument[_WALK_END_AT : _WALK_END_AT + 8], sys.byteorder)
+    def _scan(self, flags: int, start: int, end: int, categories: tuple[int, int, int, int]) -> list[Bounds]:
+        """Rows of start, end and categories."""
+        found: list[Bounds] = []
+        while start < end:
+            vector = (self._regions.ctypes.data, len(self._regions), STEP_PAGES)
+            argument = bytearray(_SCAN.pack(_SCAN.size, flags, start, end, 0, *vector, *categories))
+            if count := self._ioctl(argument):
+                found.append(self._regions[:count].copy())
+            start = int.from_bytes(argument[_WALK_END_AT : _WALK_END_AT + 8], sys.byteorder)
+        return found
 
     def _ioctl(self, argument: bytearray) -> int:
         try:
@@ -164,11 +165,20 @@ class Pagemap:
             raise KernelCallFailed("PAGEMAP_SCAN", self._target, error.errno or 0) from error
 
 
-def _joined(parts: list[Bounds]) -> Bounds:
+def _joined(parts: list[Bounds], columns: int = 2) -> Bounds:
     kept = [part for part in parts if len(part)]
     if not kept:
-        return np.empty((0, 2), dtype=np.uint64)
+        return np.empty((0, columns), dtype=np.uint64)
     return kept[0] if len(kept) == 1 else np.concatenate(kept)
+
+
+def _covered(regions: Bounds, start: int, pages: int) -> NDArray[np.bool_]:
+    """For each page from ``start`` on, whether it lies in one of the regions."""
+    addresses = np.arange(pages, dtype=np.uint64) * np.uint64(PAGE_BYTES) + np.uint64(start)
+    at = np.searchsorted(regions[:, 1], addresses, side="right")
+    inside = at < len(regions)
+    inside[inside] = regions[at[inside], 0] <= addresses[inside]
+    return inside
 
 
 def runs(start: int, flags: NDArray[np.bool_]) -> Bounds:

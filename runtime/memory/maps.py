@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 _LINE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+) *(.*)$", re.MULTILINE)
 _DELETED = " (deleted)"
 # Made by the kernel for each process; not memory of the program. They hold nothing that can be carried.
 _KERNEL_MADE = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]", "[sigpage]", "[vectors]")
+_SPECIAL = ("/anon_hugepage", "/[aio]", "anon_inode:", "socket:")
 # Memory without a file of its own, by the names the kernel gives its files (mm/shmem.c, ipc/shm.c, mm/memfd.c).
 _SHARED_MEMORY = ("/dev/zero", "/SYSV", "/memfd:", "[anon_shmem:")
 
@@ -30,8 +32,7 @@ class Kind(StrEnum):
     SPECIAL = "special"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Mapping:
+class Mapping(NamedTuple):
     """One line of /proc/PID/maps. ``offset`` is in bytes; ``name`` is empty for memory without one."""
 
     start: int
@@ -41,18 +42,7 @@ class Mapping:
     device: str
     inode: int
     name: str
-
-    @property
-    def kind(self) -> Kind:
-        name = self.name.removesuffix(_DELETED)
-        if name in _KERNEL_MADE or name.startswith(("/anon_hugepage", "/[aio]", "anon_inode:", "socket:")):
-            return Kind.SPECIAL
-        if self.permissions[3] == "s":
-            return Kind.SHARED_MEMORY if name.startswith(_SHARED_MEMORY) else _special_if_device(name, Kind.SHARED_FILE)
-        # A private mapping of /dev/zero is anonymous memory, whatever its name.
-        if self.inode == 0 or name == "/dev/zero":
-            return Kind.ANONYMOUS
-        return _special_if_device(name, Kind.PRIVATE_FILE)
+    kind: Kind
 
     @property
     def writable(self) -> bool:
@@ -64,6 +54,18 @@ class Mapping:
         return (self.device, self.inode)
 
 
+def kind_of(permissions: str, inode: int, name: str) -> Kind:
+    name = name.removesuffix(_DELETED)
+    if name in _KERNEL_MADE or name.startswith(_SPECIAL):
+        return Kind.SPECIAL
+    if permissions[3] == "s":
+        return Kind.SHARED_MEMORY if name.startswith(_SHARED_MEMORY) else _special_if_device(name, Kind.SHARED_FILE)
+    # A private mapping of /dev/zero is anonymous memory, whatever its name.
+    if inode == 0 or name == "/dev/zero":
+        return Kind.ANONYMOUS
+    return _special_if_device(name, Kind.PRIVATE_FILE)
+
+
 def _special_if_device(name: str, kind: Kind) -> Kind:
     """Files below /dev are devices, but for those of its own tmpfs for shared memory."""
     return Kind.SPECIAL if name.startswith("/dev/") and not name.startswith("/dev/shm/") else kind
@@ -73,17 +75,9 @@ def parse_mappings(text: str) -> list[Mapping]:
     """Every mapping of /proc/PID/maps in order of address. A line that does not fit is skipped."""
     found = []
     for start, end, permissions, offset, device, inode, name in _LINE.findall(text):
-        found.append(
-            Mapping(
-                start=int(start, 16),
-                end=int(end, 16),
-                permissions=permissions,
-                offset=int(offset, 16),
-                device=device,
-                inode=int(inode),
-                name=name,
-            )
-        )
+        number = int(inode)
+        kind = kind_of(permissions, number, name)
+        found.append(Mapping(int(start, 16), int(end, 16), permissions, int(offset, 16), device, number, name, kind))
     return found
 
 

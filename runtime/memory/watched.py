@@ -1,7 +1,7 @@
-"""The private memory of one process under a userfaultfd: what is watched, what was written, what exists.
+"""The private memory of one process under a userfaultfd: what was written, what exists, what is not watched.
 
-Whether a mapping is watched is never taken from our memory of it. The kernel refuses to scan one that is not, and such
-a mapping is untracked in that scan and registered for the next: so whatever the process maps, unmaps, moves or splits
+Whether a mapping is watched is never taken from our memory of it: the kernel says so of each page that exists. What is
+not watched is untracked in that scan and registered for the next, so whatever the process maps, unmaps, moves or splits
 between two scans, or during one, nothing written is taken for clean.
 """
 
@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -24,6 +23,8 @@ from runtime.memory.ranges import EMPTY, PageRanges
 
 NEW_MAPPING = "new mapping"
 PRIVATE = (Kind.ANONYMOUS, Kind.PRIVATE_FILE)
+# Up to this much of other memory is walked through rather than asked around: a call costs as much as 1000 pages.
+_NEAR_BYTES = 4 << 20
 
 
 class WatchedMemory:
@@ -37,146 +38,110 @@ class WatchedMemory:
         self.descriptor = descriptor
         self.reason = reason
         self.outdated = False
-        # What we have registered and the kernel has not contradicted: where it is worth asking.
-        self._believed = EMPTY
         self._mapped = EMPTY
 
     def close(self) -> None:
-        """The kernel forgets everything that was registered: 20 ms for each GiB that was touched."""
+        """The kernel forgets everything that was registered: 35 ms for each GiB that was touched."""
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
 
     def watch(self, mappings: Sequence[Mapping]) -> None:
-        """Register what can be written to. The next scan reports all of it, and protects it for the first time."""
-        registered = []
+        """Register what can be written to. The next scan reports all of it, and protects it for the first time.
+
+        Code and constants are registered once they are found to hold pages of the process's own: most never do, and
+        the kernel reads files slower where it watches.
+        """
         for mapping in mappings:
-            if mapping.kind in PRIVATE and not _shows_only_its_file(mapping):
+            if mapping.kind == Kind.ANONYMOUS or (mapping.kind == Kind.PRIVATE_FILE and mapping.writable):
                 with contextlib.suppress(KernelCallFailed):
                     self._register(mapping)
-                    registered.append((mapping.start, mapping.end))
-        self._believed = PageRanges.from_spans(registered)
 
     def scan(self, pagemap: Pagemap, mappings: Sequence[Mapping], *, final: bool) -> ProcessScan:
         """``mappings`` and ``pagemap`` must be fresh."""
-        private = PageRanges.from_spans((each.start, each.end) for each in mappings if each.kind in PRIVATE)
-        vanished, self._mapped = self._mapped - private, private
-        found = _Found(pagemap)
-        for group in _groups(mappings, self._is_believed):
-            if self.descriptor is None:
-                found.look_at_untracked(group, self.reason)
-            elif self._is_believed(group[0]):
-                found.look_at_watched(group, protect=not final)
-            else:
-                found.look_at_unwatched(group)
-        errors = self._watch_new(found.new, pagemap, final=final)
-        # After they are watched: what comes into being from here on is seen by the next scan.
-        for mapping in found.new:
-            found.look_at_untracked([mapping], errors.get(mapping, NEW_MAPPING))
-        # A process that runs another program has nothing left that is watched, and nothing can be registered.
-        self.outdated = bool(errors) and len(errors) == len(found.new) and not found.watched_any
-        return found.result(self.pid, private, vanished, self.reason)
+        private = [mapping for mapping in mappings if mapping.kind in PRIVATE]
+        mapped = spans_of(private)
+        vanished, self._mapped = self._mapped - mapped, mapped
+        written = EMPTY
+        if self.descriptor is not None:
+            written = _ranges(pagemap.written(*stretch, protect=not final) for stretch in _stretches(private))
+        # After that: a page that comes into being in between is not protected, and so is in the next scan.
+        watched, unwatched = own_pages(pagemap, private)
+        reasons = {self.reason or NEW_MAPPING: unwatched}
+        if unwatched and self.descriptor is not None and not final:
+            reasons = self._watch_new(pagemap, [each for each in private if _overlaps(each, unwatched)])
+            # Another program: nothing is left of what was watched, and nothing of what is there can be.
+            self.outdated = NEW_MAPPING not in reasons and not watched
+        untracked = tuple(Untracked(ranges=ranges, reason=reason) for reason, ranges in reasons.items() if ranges)
+        unknown = _ranges(part.ranges.bounds for part in untracked)
+        return ProcessScan(
+            pid=self.pid,
+            existing=watched | unknown,
+            dirty=(written & watched) - unknown,
+            untracked=untracked,
+            vanished=vanished,
+            reason=self.reason,
+        )
 
-    def _is_believed(self, mapping: Mapping) -> bool:
-        """A part is enough: a stack that has grown is still watched. The kernel contradicts where that is wrong."""
-        bounds = self._believed.bounds
-        index = int(np.searchsorted(bounds[:, 1], np.uint64(mapping.start), side="right"))
-        return index < len(bounds) and int(bounds[index, 0]) < mapping.end
-
-    def _watch_new(self, new: Sequence[Mapping], pagemap: Pagemap, *, final: bool) -> dict[Mapping, str]:
-        """Register and protect; the mappings for which that fails, with the reason."""
-        errors: dict[Mapping, str] = {}
-        if final or self.descriptor is None:
-            return errors
-        spans = PageRanges.from_spans((mapping.start, mapping.end) for mapping in new)
+    def _watch_new(self, pagemap: Pagemap, new: Sequence[Mapping]) -> dict[str, PageRanges]:
+        """Register and protect. Existing pages of these mappings by reason, NEW_MAPPING where that has worked."""
+        assert self.descriptor is not None
+        by_reason: dict[str, list[Mapping]] = defaultdict(list)
         for mapping in new:
             try:
                 self._register(mapping)
-                # A kernel before 6.14 keeps the mark of protection on pages that are moved by mremap, without the
-                # protection itself: such pages would be taken for clean for ever.
+                # A kernel before 6.14 keeps the mark of protection on pages that mremap moves, without the protection
+                # itself: such pages would be taken for clean for ever.
                 userfaultfd.unprotect(self.descriptor, mapping.start, mapping.end)
                 pagemap.protect(mapping.start, mapping.end)
+                by_reason[NEW_MAPPING].append(mapping)
             except KernelCallFailed as error:
-                errors[mapping] = f"{error.call}: {os.strerror(error.errno)}"
-        failed = PageRanges.from_spans((mapping.start, mapping.end) for mapping in errors)
-        self._believed = (self._believed | spans) - failed
-        return errors
+                by_reason[f"{error.call}: {os.strerror(error.errno)}"].append(mapping)
+        # Only now: what comes into being from here on is seen by the next scan.
+        found: dict[str, PageRanges] = {}
+        for reason, mappings in by_reason.items():
+            watched, unwatched = own_pages(pagemap, mappings)
+            found[reason] = watched | unwatched
+        return found
 
     def _register(self, mapping: Mapping) -> None:
         assert self.descriptor is not None
         userfaultfd.register(self.descriptor, mapping.start, mapping.end)
 
 
-class _Found:
-    """What one scan has found so far. ``new`` are mappings that are not watched and must be."""
+def spans_of(mappings: Iterable[Mapping]) -> PageRanges:
+    return PageRanges.from_spans((mapping.start, mapping.end) for mapping in mappings)
 
-    def __init__(self, pagemap: Pagemap) -> None:
-        self._pagemap = pagemap
-        self._existing: list[Bounds] = []
-        self._written: list[Bounds] = []
-        self._untracked: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        self.new: list[Mapping] = []
-        self.watched_any = False
 
-    def look_at_watched(self, group: Sequence[Mapping], *, protect: bool) -> None:
-        start, end = group[0].start, group[-1].end
-        written, complete = self._pagemap.written(start, end, protect=protect)
-        self._written.append(written)
-        if complete:
-            self.watched_any = True
-            # Only now: a page that comes into being in between is not protected, and so is in the next scan.
-            self._keep_existing(group)
-        elif len(group) == 1:
-            self.new.append(group[0])
+def own_pages(pagemap: Pagemap, mappings: Sequence[Mapping]) -> tuple[PageRanges, PageRanges]:
+    """Existing pages of private mappings: where a userfaultfd watches, and elsewhere."""
+    watched, unwatched = EMPTY, EMPTY
+    for kind in PRIVATE:
+        part = [mapping for mapping in mappings if mapping.kind == kind]
+        spans = spans_of(part)
+        found = [
+            pagemap.own_pages_by_watch(*stretch, of_files=kind == Kind.PRIVATE_FILE) for stretch in _stretches(part)
+        ]
+        watched = watched | (_ranges(first for first, _second in found) & spans)
+        unwatched = unwatched | (_ranges(second for _first, second in found) & spans)
+    return watched, unwatched
+
+
+def _ranges(parts: Iterable[Bounds]) -> PageRanges:
+    return PageRanges.of(np.concatenate([EMPTY.bounds, *parts]))
+
+
+def _overlaps(mapping: Mapping, ranges: PageRanges) -> bool:
+    index = int(np.searchsorted(ranges.bounds[:, 1], np.uint64(mapping.start), side="right"))
+    return index < len(ranges) and int(ranges.bounds[index, 0]) < mapping.end
+
+
+def _stretches(mappings: Sequence[Mapping]) -> list[tuple[int, int]]:
+    """Few stretches that hold all the mappings, and little of others in between."""
+    found: list[tuple[int, int]] = []
+    for mapping in mappings:
+        if found and mapping.start - found[-1][1] <= _NEAR_BYTES:
+            found[-1] = (found[-1][0], mapping.end)
         else:
-            for mapping in group:
-                self.look_at_watched([mapping], protect=protect)
-
-    def look_at_unwatched(self, group: Sequence[Mapping]) -> None:
-        """Code and constants are watched only when they hold pages of the process's own: most never do, and watching
-        makes reading them slower."""
-        if not _shows_only_its_file(group[0]):
-            self.new += group
-            return
-        own = self._own_pages(group)
-        if len(own):
-            at = np.searchsorted(own[:, 1], np.array([each.start for each in group], dtype=np.uint64), side="right")
-            for mapping, index in zip(group, at.tolist(), strict=True):
-                if index < len(own) and int(own[index, 0]) < mapping.end:
-                    self.new.append(mapping)
-
-    def look_at_untracked(self, group: Sequence[Mapping], reason: str) -> None:
-        self._keep_existing(group)
-        self._untracked[reason] += [(mapping.start, mapping.end) for mapping in group]
-
-    def result(self, pid: int, private: PageRanges, vanished: PageRanges, reason: str) -> ProcessScan:
-        existing = PageRanges.of(np.concatenate([*self._existing, EMPTY.bounds])) & private
-        untracked = tuple(
-            Untracked(ranges=ranges, reason=why)
-            for why, spans in self._untracked.items()
-            if (ranges := PageRanges.from_spans(spans) & existing)
-        )
-        dirty = PageRanges.of(np.concatenate([*self._written, EMPTY.bounds])) & existing
-        for part in untracked:
-            dirty = dirty - part.ranges
-        return ProcessScan(
-            pid=pid, existing=existing, dirty=dirty, untracked=untracked, vanished=vanished, reason=reason
-        )
-
-    def _keep_existing(self, group: Sequence[Mapping]) -> None:
-        self._existing.append(self._own_pages(group))
-
-    def _own_pages(self, group: Sequence[Mapping]) -> Bounds:
-        of_files = group[0].kind == Kind.PRIVATE_FILE
-        return self._pagemap.own_pages(group[0].start, group[-1].end, of_files=of_files)
-
-
-def _shows_only_its_file(mapping: Mapping) -> bool:
-    """It can not be written to as it is. It may have been before."""
-    return mapping.kind == Kind.PRIVATE_FILE and not mapping.writable
-
-
-def _groups(mappings: Sequence[Mapping], is_believed: Callable[[Mapping], bool]) -> list[list[Mapping]]:
-    """Private mappings that follow each other with nothing else between, and are alike in all that matters here."""
-    grouped = groupby(mappings, lambda each: (each.kind, _shows_only_its_file(each), is_believed(each)))
-    return [list(group) for (kind, _shows, _believed), group in grouped if kind in PRIVATE]
+            found.append((mapping.start, mapping.end))
+    return found
