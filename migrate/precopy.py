@@ -40,6 +40,7 @@ THETA = 0.6
 SATURATED = 0.8
 # A throttled writer whose rate fell by less than this share of what was taken from it waits for something else.
 THROTTLE_EFFECT = 0.25
+KNOWN_SAMPLES = 3
 _FORECAST_ROUNDS = 50
 
 
@@ -211,7 +212,13 @@ class Precopy:
         self._rate_Bps = blended_rate(self._rate_Bps, done.page_bytes, done.sending_s or done.seconds)
         # What the container did lately tells more than what it did a minute ago.
         self._samples = [replace(sample, weight=sample.weight * 0.7) for sample in self._samples][-12:]
-        self._samples.append(DirtySample(seconds=max(done.seconds, 1e-4), dirty_bytes=done.dirty_bytes))
+        # Of a round in which nearly everything became dirty it is only known that it was at least so much.
+        as_foreseen = (self._samples or self._prior) and self.curve.dirty_bytes(done.seconds) >= done.dirty_bytes
+        if not (as_foreseen and self._saturated(done)):
+            self._samples.append(DirtySample(seconds=max(done.seconds, 1e-4), dirty_bytes=done.dirty_bytes))
+
+    def _saturated(self, done: Round) -> bool:
+        return done.dirty_bytes > SATURATED * self._memory_bytes
 
     def _blackout_ms(self, dirty_bytes: float) -> float:
         return self.costs.blackout_ms(0 if self.budget.hybrid else dirty_bytes, self.blackout_rate_Bps)
@@ -307,8 +314,8 @@ class Precopy:
         used = min(done.cpu_s / done.seconds, throttle.cpus if throttle else math.inf)
         first = throttle.unthrottled_cpus if throttle else used
         factor = self._factor(done, curve)
-        # The first step goes half of the way, so that an error of one round's measurement does no harm.
-        step = math.sqrt(factor) if throttle is None else factor
+        # The first step goes half of the way where little is known, so that one wrong measurement does no harm.
+        step = math.sqrt(factor) if throttle is None and len(self._samples) < KNOWN_SAMPLES else factor
         cpus = max(used * step, first * budget.min_cpu, 0.01)
         if used <= 0 or cpus > used * 0.95:
             return f"the container is already slowed to {used:.2f} processors"
@@ -337,13 +344,11 @@ class Precopy:
         allowed_ms = self.budget.downtime_limit_ms - self._blackout_ms(0)
         allowed = allowed_ms / 1000 * self.blackout_rate_Bps
         last = THETA * allowed / max(curve.dirty_bytes(self.costs.round_s), 1.0)
-        unknown = 0.5 if done.dirty_bytes > SATURATED * self._memory_bytes else 1.0
-        return min(1.0, shrink, last, unknown)
+        return min(0.5 if self._saturated(done) else 1.0, shrink, last)
 
     def _without_effect(self, throttle: _Throttle, done: Round) -> bool:
         expected_before = throttle.before.dirty_bytes(done.seconds)
-        saturated = done.dirty_bytes > SATURATED * self._memory_bytes
-        if expected_before <= 0 or throttle.asked > 0.9 or saturated:
+        if expected_before <= 0 or throttle.asked > 0.9 or self._saturated(done):
             return False
         fell = 1 - done.dirty_bytes / expected_before
         asked = 1 - throttle.before.slowed(throttle.asked).dirty_bytes(done.seconds) / expected_before

@@ -15,7 +15,7 @@ from pycriu import rpc_pb2 as rpc
 
 from runtime.criu.binary import CriuBinary, find_criu
 from runtime.criu.filter.build import build_filter, filter_available
-from runtime.criu.filter.table import FilterCounters, PageFilter
+from runtime.criu.filter.table import SHORTEST_BYTES, FilterCounters, PageFilter
 from runtime.criu.images import ImageSetWriter, PageImageWriter
 from runtime.criu.pages import PageServer, PageTotals, RunReader, SpaceId, page_socketpair
 from runtime.criu.rpc import CriuSession
@@ -66,6 +66,7 @@ class FilteredDump:
         self._filter = page_filter
         self._known = known
         self.empty_namespaces = 0
+        self.shortest_bytes = SHORTEST_BYTES
         self.dump_s = 0.0
         self.totals = PageTotals()
 
@@ -105,7 +106,7 @@ class FilteredDump:
     def _publish(self, _pid: int) -> None:
         if self._filter is not None:
             assert self._filter.loaded
-            self._filter.publish(self._known)
+            self._filter.publish(self._known, shortest_bytes=self.shortest_bytes)
 
 
 def private_memory(pid: int) -> dict[str, PageRanges]:
@@ -183,6 +184,7 @@ def test_only_pages_that_the_target_lacks_are_sent_and_the_rest_comes_from_copie
         source.mkdir()
         received = Received()
         dump = FilteredDump(source, page_filter, known)
+        dump.shortest_bytes = PAGE
         dump.run(tasks.pids[0], received)
         for pid in tasks.pids:
             came = received.ranges(pid)
@@ -201,11 +203,28 @@ def test_dirty_pages_scattered_as_closely_as_can_be_all_come(tmp_path: Path, lib
     with running_tasks(tmp_path, 24) as tasks, PageFilter(library) as page_filter:
         known, dirty = known_and_dirty(tasks, nth)
         received = Received()
-        FilteredDump(tmp_path, page_filter, known).run(tasks.pids[0], received, leave_running=True)
+        dump = FilteredDump(tmp_path, page_filter, known)
+        dump.shortest_bytes = PAGE
+        dump.run(tasks.pids[0], received, leave_running=True)
         for pid in tasks.pids:
             came = received.ranges(pid)
             assert dirty[pid] - came == EMPTY
             assert (came - dirty[pid]).pages <= 4
+
+
+def test_pages_scattered_so_closely_that_pieces_cost_more_are_sent_with_what_lies_between(
+    tmp_path: Path, library: Path
+) -> None:
+    with running_tasks(tmp_path, 24) as tasks, PageFilter(library) as page_filter:
+        existing = {pid: existing_pages(pid) for pid in tasks.pids}
+        known, dirty = known_and_dirty(tasks, 5)
+        received = Received()
+        FilteredDump(tmp_path, page_filter, known).run(tasks.pids[0], received, leave_running=True)
+        for pid in tasks.pids:
+            came = received.ranges(pid)
+            assert dirty[pid] - came == EMPTY
+            assert came.pages > 0.9 * existing[pid].pages
+            assert len(came) < len(dirty[pid]) / 2
 
 
 def test_nothing_published_is_nothing_filtered(tmp_path: Path, library: Path) -> None:

@@ -23,6 +23,9 @@ _MAGIC = 0x314B434142474743
 _PUBLISHED_AT = 16
 _COUNTERS_AT = 48
 _WITHOUT_CONNTRACK = 1
+# A stretch of fresh pages shorter than this is let through: to send 32 pages and throw them away takes 20 us, and so
+# does each further piece into which what must be sent is cut.
+SHORTEST_BYTES = 32 * 4096
 # Room for 16 million ranges. It is a sparse file: only what is written takes memory.
 CAPACITY_BYTES = 1 << 28
 
@@ -77,12 +80,13 @@ class PageFilter:
     def pass_fds(self) -> tuple[int, ...]:
         return tuple(self._fds)
 
-    def publish(self, known: Mapping[int, PageRanges]) -> None:
+    def publish(self, known: Mapping[int, PageRanges], *, shortest_bytes: int = SHORTEST_BYTES) -> None:
         """Once, after the freeze and before ``query-ext-files`` is acknowledged.
 
         ``known``: by this host's pid, address ranges that CRIU is to take for empty: whatever exists in them the target
         has, in its last version. They may cover what is not populated; only private memory is meant, and they are
         wrong for a page that was written since it was sent. A task that has no room is left out, and dumped in full.
+        Ranges below ``shortest_bytes`` are left out as well: the page server must still throw away what it has.
         """
         view = self._view()
         end = CAPACITY_BYTES
@@ -90,7 +94,8 @@ class PageFilter:
         tasks: list[bytes] = []
         first = 0
         for pid, ranges in known.items():
-            bounds = numpy.ascontiguousarray(ranges.bounds, dtype=numpy.uint64)
+            bounds = numpy.asarray(ranges.bounds, dtype=numpy.uint64)
+            bounds = numpy.ascontiguousarray(bounds[bounds[:, 1] - bounds[:, 0] >= shortest_bytes])
             at = ranges_at + first * 16
             if not len(bounds) or at + bounds.nbytes > end:
                 continue
