@@ -15,9 +15,11 @@ from pathlib import Path
 
 from migrate.messages import HELD_FLAG
 from migrate.outgoing import PAGE_BATCH_BYTES, PAGE_BYTES, Outgoing, PageSender
-from runtime.criu.page_protocol import PE_LAZY, SpaceId
+from runtime.criu.filter.table import SHORTEST_BYTES, PageFilter
+from runtime.criu.page_protocol import PE_LAZY, PE_PRESENT, SpaceId
 from runtime.criu.pages import PageServer, RunReader, nonzero_runs
 from runtime.memory.api import DirtyTracker, ProcessScan, TrackerFacts
+from runtime.memory.maps import Kind, parse_mappings
 from runtime.memory.ranges import EMPTY, PageRanges
 
 # CRIU says nothing while it waits for a task to be dumped; a task takes seconds at most.
@@ -35,6 +37,8 @@ class LiveMemory:
         self._pending: list[tuple[int, ProcessScan]] = []
         self.fresh: dict[int, PageRanges] = {}
         """By pid inside the container: pages of which the target has the present content."""
+        self.hidden: dict[int, PageRanges] = {}
+        """Of those, the ones that CRIU does not get to see."""
 
     @property
     def pending_bytes(self) -> int:
@@ -58,11 +62,14 @@ class LiveMemory:
         self._pending = []
         return looked_at
 
-    def finish(self) -> int:
+    def finish(self, page_filter: PageFilter | None = None) -> int:
         """Everything is frozen: the last scan. Afterwards ``fresh`` is final and nothing is tracked any more.
 
+        What the target has is kept from CRIU by ``page_filter`` and is in ``hidden`` then: CRIU will not name it.
         Bytes that the target lacks, as far as the tracker knows.
         """
+        hideable: dict[int, PageRanges] = {}
+        usable = page_filter is not None and page_filter.loaded
         scan = self._tracker.scan(self._pids(), final=True)
         known: dict[int, PageRanges] = {}
         dirty = 0
@@ -71,8 +78,13 @@ class LiveMemory:
             if inside and not process.reason and not process.shares_memory_with:
                 self._forget_stale(inside, process)
                 known[inside] = self.fresh.get(inside, EMPTY)
+                if usable:
+                    hidden = long_stretches(known[inside] & anonymous_ranges(process.pid))
+                    hideable[process.pid] = self.hidden[inside] = hidden
                 dirty += process.to_copy.bytes
         self.fresh = known
+        if page_filter is not None and usable:
+            page_filter.publish(hideable)
         # Left registered, its marks would look like swapped pages to CRIU.
         self._tracker.close()
         return dirty
@@ -168,6 +180,21 @@ def pid_inside(pid: int) -> int:
     return 0
 
 
+def anonymous_ranges(pid: int) -> PageRanges:
+    """Private anonymous memory: a page of it that does not exist reads as zeros, like a hole in a store."""
+    try:
+        mappings = parse_mappings(Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape"))
+    except OSError:
+        return EMPTY
+    return PageRanges.from_spans((m.start, m.end) for m in mappings if m.kind is Kind.ANONYMOUS)
+
+
+def long_stretches(ranges: PageRanges) -> PageRanges:
+    """Without those too short to be worth an entry in the filter's table, which leaves them out as well."""
+    bounds = ranges.bounds
+    return PageRanges.of(bounds[bounds[:, 1] - bounds[:, 0] >= SHORTEST_BYTES]) if ranges else ranges
+
+
 class DifferenceSender(PageSender):
     """Consumer of the page server after pre-copy: what the target has is discarded, the rest sent, all of it named."""
 
@@ -180,6 +207,9 @@ class DifferenceSender(PageSender):
     def open(self, space: SpaceId) -> None:
         super().open(space)
         ranges = self._live.fresh.get(space.id, EMPTY) if space.kind == "task" else EMPTY
+        if space.kind == "task":
+            for start, end in self._live.hidden.get(space.id, EMPTY).spans():
+                self.name(start, (end - start) // PAGE_BYTES, PE_LAZY | PE_PRESENT | HELD_FLAG)
         spans = ranges.spans()
         self._starts = [start for start, _end in spans]
         self._ends = [end for _start, end in spans]

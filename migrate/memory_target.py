@@ -145,7 +145,8 @@ class StorePages:
         for space, runs in self._runs.items():
             writer.open(space)
             store = self._stores[space]
-            for batch in _batches(runs):
+            # What the source kept from CRIU is named first, whatever its addresses.
+            for batch in _batches(sorted(runs)):
                 with writer.reserve(space, batch) as view:
                     position = 0
                     for address, pages, _flags in batch:

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 from migrate import messages
 from migrate.costs import FixedCosts
-from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack
+from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack, name_peer
 from migrate.guards import garbage_collector_off, signals_ignored
 from migrate.journal import Journal
 from migrate.links import Session
 from migrate.machine import JOURNALED, Action, Event, Phase, step
 from migrate.memory_source import DifferenceSender, LiveMemory, PageThread
-from migrate.observe import Held, PhaseEnded, PhaseStarted, Progress
+from migrate.observe import Held, PhaseEnded, PhaseStarted, Progress, Warning
 from migrate.outgoing import Outgoing, PageSender
 from migrate.phases import PhaseClock
 from migrate.precopy import Budget, Decision, Kind, Precopy, Round
@@ -29,8 +29,10 @@ from runtime.api import Container, Status
 from runtime.container import Containers, open_tree_roots
 from runtime.criu.binary import CriuBinary
 from runtime.criu.dump import HeldDump
+from runtime.criu.filter.build import build_filter
+from runtime.criu.filter.table import PageFilter
 from runtime.criu.pages import page_socketpair
-from runtime.errors import CriuFailed
+from runtime.errors import CriuFailed, MissingFeature
 from runtime.host import HostConfig
 from runtime.linux.procfs import parse_shared_writable
 from runtime.memory.tracker import make_tracker
@@ -65,6 +67,7 @@ class SourceMove:
         make_report: Callable[[SourceMove], Mapping[str, Any]],
     ) -> None:
         self._containers = Containers(host)
+        self._host = host
         self._container = container
         self._session = session
         self._mode = mode
@@ -86,6 +89,7 @@ class SourceMove:
         self._cgroup = self._containers.cgroup(container.id)
         self._pages: PageThread | None = None
         self._live: LiveMemory | None = None
+        self._filter: PageFilter | None = None
         self._undo = ExitStack()
         self._budget = budget
         self.clock = PhaseClock()
@@ -161,6 +165,7 @@ class SourceMove:
 
     def _fail(self, error: BaseException) -> None:
         """Roll back where that is still ours to decide; raises what to tell the operator."""
+        name_peer(error, self._session.entry.name)
         if self._phase is Phase.DONE:
             # It runs there; what failed was only throwing away what is left here.
             raise error
@@ -201,13 +206,14 @@ class SourceMove:
         self._send(messages.Offer(move_id=self._move_id, epoch=FIRST_EPOCH, mode=self._mode, spec=spec))
         self._undo.callback(self._work.close)
         self._undo.callback(self._dump.rollback)
+        self._filter = self._load_filter()
         if self._mode == "stopcopy":
-            self._dump.prepare()
+            self._dump.prepare(page_filter=self._filter)
             return
         ours, theirs = page_socketpair()
         self._undo.callback(ours.close)
         with theirs:
-            self._dump.prepare(page_socket=theirs)
+            self._dump.prepare(page_socket=theirs, page_filter=self._filter)
         if self._mode == "precopy":
             self._live = LiveMemory(self._cgroup.pids, self._out, make_tracker())
             self._undo.callback(self._live.close)
@@ -215,6 +221,16 @@ class SourceMove:
         else:
             sender = PageSender(self._out)
         self._pages = PageThread(ours, self._criu.version, sender)
+
+    def _load_filter(self) -> PageFilter | None:
+        """Optional: without a compiler CRIU walks all memory, and dumps connection tracking that nobody restores."""
+        try:
+            found = PageFilter(build_filter(self._host.state_dir / "cache"), without_conntrack=True)
+        except (MissingFeature, OSError) as error:
+            self._observer.on_event(Warning(what=f"the dump goes without the page filter: {error}"))
+            return None
+        self._closing.callback(found.close)
+        return found
 
     def _send_discard(self) -> None:
         with contextlib.suppress(TransportError):
@@ -304,7 +320,7 @@ class SourceMove:
             self._dump.dump()
             return
         try:
-            self._dump.dump(before_walk=self._live.finish if self._live is not None else None)
+            self._dump.dump(before_walk=self._finish_live if self._live is not None else None)
         except CriuFailed as error:
             # Where the channel broke CRIU only saw its page server refuse: the channel's error is the cause.
             cause = self._pages.wait()
@@ -312,6 +328,10 @@ class SourceMove:
         cause = self._pages.wait()
         if cause is not None:
             raise cause
+
+    def _finish_live(self) -> None:
+        assert self._live is not None
+        self._live.finish(self._filter)
 
     def _send_state(self) -> None:
         self._mark("send")

@@ -110,7 +110,8 @@ def target() -> None:
     pid_file = work / "pid"
     try:
         subprocess.run(["cp", "-a", f"{order['upper']}/.", str(work / "container/upper")], check=True)
-        rootfs.make_outer_mounts(spec.to_json(), str(work / "container"), str(work / "run"))
+        rootfs.mount_root(spec.to_json(), str(work / "container"), str(work / "run"))
+        rootfs.make_outer_mounts(spec.to_json(), str(work / "run"))
         with socket.create_server(("0.0.0.0", 0)) as listener:
             say(port=listener.getsockname()[1])
             connection, _peer = listener.accept()

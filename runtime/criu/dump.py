@@ -22,6 +22,8 @@ from pycriu import rpc_pb2 as rpc
 from runtime.api import Container, Status
 from runtime.container import Containers
 from runtime.criu.binary import CriuBinary
+from runtime.criu.filter.table import PageFilter
+from runtime.criu.filter.table import PageFilter
 from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, dump_request, external_mounts
 from runtime.criu.rpc import CriuSession
@@ -55,8 +57,15 @@ class HeldDump:
         self.marks: dict[str, float] = {}
         """time.monotonic() of: freeze, frozen, seized, dumped, held, finished"""
 
-    def prepare(self, *, page_socket: socket.socket | None = None, leave_running: bool = False) -> None:
-        """Everything that can be done while the container runs. ``page_socket`` is CRIU's end of a socketpair."""
+    def prepare(
+        self,
+        *,
+        page_socket: socket.socket | None = None,
+        page_filter: PageFilter | None = None,
+        leave_running: bool = False,
+    ) -> None:
+        """Everything that can be done while the container runs. ``page_socket`` is CRIU's end of a socketpair;
+        ``page_filter`` is loaded into CRIU, to be told in ``dump`` what CRIU need not look at."""
         state = self.container.state
         release_exec_waiters(self._containers, self.container.id)
         if self.container.spec.network is not None:
@@ -68,8 +77,12 @@ class HeldDump:
         images_fd = os.open(self.images, os.O_RDONLY | os.O_DIRECTORY)
         output = os.open(self.images / "criu-output.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         passed = [page_socket.fileno()] if page_socket else []
+        environment: dict[str, str] = {}
+        if page_filter is not None:
+            passed += page_filter.pass_fds
+            environment = page_filter.environment
         try:
-            self._session = CriuSession.spawn(self._criu, pass_fds=passed, output=output)
+            self._session = CriuSession.spawn(self._criu, pass_fds=passed, environment=environment, output=output)
         finally:
             os.close(output)
         request = dump_request(
