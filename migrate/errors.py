@@ -202,6 +202,15 @@ def code_for(error: BaseException) -> str:
     return _classify(error)[0]
 
 
+def name_peer(error: BaseException, peer: str) -> None:
+    """Make an error of the link, or one that the peer told, say which host it is about: "the peer" is nobody."""
+    if not isinstance(error, (transport_api.TransportError, ProtocolViolation, NoCommonProtocol, PeerFailed)):
+        return
+    if peer not in error.what:
+        error.what = f"{peer}: {error.what}"
+        error.args = (error.what, *error.args[1:])
+
+
 def describe(error: BaseException) -> ErrorText:
     """Everything there is to tell about an error, whatever raised it."""
     what = getattr(error, "what", None)

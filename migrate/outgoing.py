@@ -9,7 +9,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from migrate import messages
+from migrate.errors import MigrateError, ProtocolViolation
 from runtime.criu.pages import RunReader, SpaceId
 from runtime.tree import Change, SentContent, read_chunks
 from transport.api import Channel, Deadline, Frame
@@ -39,6 +42,9 @@ class Outgoing:
         self.sent_bytes["control"] += self.channel.bytes_sent - before
 
     def data(self, kind: str, tag: int, buffers: Sequence[memoryview | bytes]) -> None:
+        """One frame of bulk. Raises what the target says instead of listening: nothing else may come from it now."""
+        if self.channel.readable(0):
+            raise spoken_out_of_turn(self.channel.receive(deadline=self._deadline()).message())
         before = self.channel.bytes_sent
         self.channel.send_data(tag, buffers, deadline=self._deadline())
         self.sent_bytes[kind] += self.channel.bytes_sent - before
@@ -87,6 +93,14 @@ class Outgoing:
             while left and (chunk := file.read(min(left, IMAGE_CHUNK_BYTES))):
                 self.data("files", 0, (chunk,))
                 left -= len(chunk)
+
+
+def spoken_out_of_turn(message: Mapping[str, Any]) -> MigrateError:
+    """The error that a message tells, or that it is one."""
+    told = messages.parse(message)
+    if isinstance(told, (messages.Error, messages.Refused)):
+        return told.as_error()
+    return ProtocolViolation(f"the peer sent {told.TYPE} while it should have listened")
 
 
 class PageSender:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import secrets
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from migrate import messages, preflight
-from migrate.errors import InDoubt, MoveRefused, RolledBack, describe
+from migrate.errors import InDoubt, MigrateError, MoveRefused, RolledBack, describe, name_peer
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Warning
 from migrate.precopy import Budget
@@ -18,17 +20,20 @@ from migrate.recover import recover, standing
 from migrate.report import MoveReport, Outcome, PhaseTime, ReportedError, SentBytes, Versions
 from migrate.reports import ReportStore
 from migrate.session import HANDLERS, Asked, package_version
-from migrate.source import SourceMove
+from migrate.source import FIRST_EPOCH, SourceMove
 from migrate.target import handle_offer, handle_preflight
 from runtime.api import Container, Status
 from runtime.container import Containers, utc_now
 from runtime.criu.binary import find_criu
-from runtime.errors import BadInput, WrongState
+from runtime.errors import BadInput, RuntimeFault, WrongState
 from runtime.host import HostConfig
-from transport.api import Deadline, Frame
+from transport.api import Deadline, Frame, TransportError
 
 ModeName = Literal["auto", "stopcopy", "diskless", "precopy"]
 PREFLIGHT_TIMEOUT_S = 30.0
+UNDO_TIMEOUT_S = 15.0
+LINK_CODES = ("channel-closed", "deadline", "transport", "connect")
+"""Causes of a rollback that leave open whether the target knows of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +67,15 @@ class _Course:
 def register_handlers() -> None:
     """What an agent answers beside greetings."""
     HANDLERS["offer"] = handle_offer
-    HANDLERS["preflight"] = handle_preflight
+    HANDLERS["preflight"] = answer_preflight
     HANDLERS["ask"] = handle_ask
+
+
+def answer_preflight(asked: Asked, message: Mapping[str, Any]) -> None:
+    """What an earlier move left here may be all that is in the way of this one."""
+    for line in recover(asked.host):
+        print(f"cmigrate: {line}", file=sys.stderr, flush=True)
+    handle_preflight(asked, message)
 
 
 def handle_ask(asked: Asked, message: Mapping[str, Any]) -> None:
@@ -101,6 +113,9 @@ def move(host: HostConfig, reference: str, to: str, options: MoveOptions, observ
         with containers.locked(container.id, f"move to {to}", wait_s=0.5) as locked:
             report = _move_locked(host, containers, locked, course, options, held)
     except BaseException as error:
+        name_peer(error, course.target)
+        if isinstance(error, RolledBack) and error.cause_code in LINK_CODES:
+            _undo_there(host, course)
         report = _failed(course, error)
         if container.state.status in (Status.RUNNING, Status.PAUSED) and course.transport:
             ReportStore(host).save(report)
@@ -110,6 +125,19 @@ def move(host: HostConfig, reference: str, to: str, options: MoveOptions, observ
         ReportStore(host).save(report)
     held.on_event(MoveEnded(report=report))
     return report
+
+
+def _undo_there(host: HostConfig, course: _Course) -> None:
+    """The link broke, or the session at its other end died: a question about the move makes the target undo what that
+    session left, now and not before the next move. Nothing depends on it."""
+    deadline = Deadline.after(UNDO_TIMEOUT_S)
+    question = messages.Ask(move_id=course.move_id, epoch=FIRST_EPOCH)
+    with (
+        contextlib.suppress(TransportError, MigrateError, RuntimeFault, OSError),
+        connect(host, course.target, deadline=deadline) as session,
+    ):
+        session.channel.send(Frame.control(question.to_message()), deadline=deadline)
+        messages.Answer.parse(session.channel.receive(deadline=deadline).message())
 
 
 def _move_locked(
