@@ -245,7 +245,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Moves against plain criu dump, tar, restore.")
     parser.add_argument("--quick", action="store_true", help="64 MiB, three times each, stream only")
     parser.add_argument("--memory-mib", type=words, default=["64", "256", "1024"], metavar="N,N")
-    parser.add_argument("--modes", type=words, default=["stopcopy", "diskless"], metavar="MODE,MODE")
+    parser.add_argument("--modes", type=words, default=["stopcopy", "diskless", "precopy"], metavar="MODE,MODE")
     parser.add_argument("--transports", type=words, default=["stream", "ssh"], metavar="NAME,NAME")
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()

@@ -33,7 +33,7 @@ TOP = Path(__file__).resolve().parents[1]
 # demo left is found and removed by the next.
 LAB_DIR = Path("/var/lib/cmigrate-demo")
 NAME = "web1"
-MODES = ("stopcopy", "diskless")
+MODES = ("stopcopy", "diskless", "precopy")
 TRANSPORTS = ("ssh", "stream")
 # Long enough to see a client that waits for its second retransmission.
 SETTLE_S = 2.0

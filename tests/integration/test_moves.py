@@ -1,4 +1,4 @@
-"""Services move from host to host and back, ten times, with every mode over every transport, and notice nothing."""
+"""Services move from host to host and back, twelve times, with every mode over every transport, and notice nothing."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,9 @@ import pytest
 from tests.support.lab import TwoHosts, nothing_left_on
 from tests.support.services import HttpServer, Nginx, Pipeline, Postgres, Redis, Service, Threads
 
-COMBINATIONS = (("stopcopy", "ssh"), ("stopcopy", "stream"), ("diskless", "ssh"), ("diskless", "stream"))
-# Ten moves in which every combination goes from host1 to host2 (even places) and from host2 to host1 (odd places).
-PLAN = tuple(COMBINATIONS[n] for n in (0, 1, 2, 3, 1, 0, 3, 2, 0, 1))
+COMBINATIONS = tuple((mode, way) for mode in ("stopcopy", "diskless", "precopy") for way in ("ssh", "stream"))
+# Twelve moves in which every combination goes from host1 to host2 (even places) and from host2 to host1 (odd places).
+PLAN = tuple(COMBINATIONS[n] for n in (0, 1, 2, 3, 4, 5, 1, 0, 3, 2, 5, 4))
 REPORT_FIELDS = {
     "schema", "id", "container", "source", "target", "mode", "transport", "outcome", "blackout_ms", "total_ms",
     "memory_bytes", "sent_bytes", "rounds", "phases", "versions",
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.mark.parametrize("make", [Redis, Nginx, HttpServer, Postgres, Pipeline, Threads])
-def test_a_service_moves_ten_times_and_keeps_everything(two_hosts: TwoHosts, make: Callable[[], Service]) -> None:
+def test_a_service_moves_twelve_times_and_keeps_everything(two_hosts: TwoHosts, make: Callable[[], Service]) -> None:
     service = make()
     with nothing_left_on(two_hosts, "host1", "host2"):
         running = two_hosts.run(service)
