@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from runtime.memory.ranges import EMPTY, PageRanges
 
@@ -52,18 +52,48 @@ class ProcessScan:
         return found
 
 
+class Segment(NamedTuple):
+    """Shared memory without a file that is carried otherwise. ``inode`` is what CRIU calls its shmid.
+
+    The name belongs to it: System V segments are numbered by themselves, on the same device as others.
+    """
+
+    device: str
+    inode: int
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentScan:
+    """Memory that processes share by mapping it. Addresses are offsets in the segment.
+
+    ``path`` opens it for reading as long as the mapping it was found by is there. ``existing`` and ``dirty`` are as for
+    processes; what does not exist reads as zeros.
+    """
+
+    segment: Segment
+    path: str
+    existing: PageRanges
+    dirty: PageRanges
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """``processes`` in order of pid. ``gone``: processes of the last scan that have ended."""
+    """``processes`` in order of pid. ``gone``: processes of the last scan that have ended.
+
+    ``segments``: shared memory that any of the processes maps, when the tracker was asked to look at it.
+    """
 
     processes: tuple[ProcessScan, ...]
     gone: tuple[int, ...]
     took_ms: float
+    segments: tuple[SegmentScan, ...] = ()
 
     @property
     def dirty_pages(self) -> int:
         """Pages that have to be copied after this scan."""
-        return sum(process.to_copy.pages for process in self.processes)
+        private = sum(process.to_copy.pages for process in self.processes)
+        return private + sum(segment.dirty.pages for segment in self.segments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +125,11 @@ class DirtyTracker(Protocol):
         armed and nothing in the processes is touched.
         """
 
-    def copied(self, pid: int, address: int, data: memoryview) -> None:
-        """Tell what was copied out after the last scan, page-aligned; any thread. Needed by trackers that compare."""
+    def copied(self, space: int | Segment, address: int, data: memoryview) -> None:
+        """Tell what was copied out of a process (its pid) or a segment after the last scan, page-aligned.
+
+        Any one thread at a time, and not during a scan. What is compared by content is dirty until this says otherwise.
+        """
 
     def facts(self) -> TrackerFacts: ...
 

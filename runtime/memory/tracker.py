@@ -29,10 +29,13 @@ def _why_no_uffd() -> str:
     return ""
 
 
-def make_tracker(kind: TrackerKind | None = None) -> DirtyTracker:
-    """The best one that works here, or the one that is asked for. Raises MissingFeature."""
+def make_tracker(kind: TrackerKind | None = None, *, shared: bool = False) -> DirtyTracker:
+    """The best one that works here, or the one that is asked for. Raises MissingFeature.
+
+    ``shared``: track shared memory too (``Scan.segments``), which costs reading all of it in each scan.
+    """
     reasons = probe_trackers()
     chosen = kind if kind is not None else next(each for each, reason in reasons.items() if not reason)
     if reasons[chosen]:
         raise MissingFeature(f"no tracker {chosen}: {reasons[chosen]}", hint="the hash tracker works everywhere")
-    return UffdTracker() if chosen == "uffd-wp" else HashTracker()
+    return UffdTracker(shared=shared) if chosen == "uffd-wp" else HashTracker(shared=shared)

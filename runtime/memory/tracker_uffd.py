@@ -17,10 +17,11 @@ from runtime.errors import KernelCallFailed
 from runtime.linux import userfaultfd
 from runtime.linux.pagemap import Pagemap
 from runtime.linux.processes import same_open_file
-from runtime.memory.api import ProcessScan, Scan, TrackerFacts
+from runtime.memory.api import ProcessScan, Scan, Segment, TrackerFacts
 from runtime.memory.place import NotInjected
 from runtime.memory.remote import LeftBehind, close_descriptor, make_userfaultfd
-from runtime.memory.tasks import owner_of_memory, read_address_space, start_ticks
+from runtime.memory.shared import SharedMemory
+from runtime.memory.tasks import AddressSpace, owner_of_memory, read_address_space, start_ticks
 from runtime.memory.tracer_thread import TracerThread
 from runtime.memory.watched import WatchedMemory
 
@@ -46,9 +47,11 @@ class _Task:
 class UffdTracker:
     """``runtime.memory.api.DirtyTracker``. For one caller at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
+        """``shared``: track shared memory too, which costs reading all of it in each scan."""
         self._tracer = TracerThread()
         self._tasks: dict[int, _Task] = {}
+        self._shared = SharedMemory() if shared else None
 
     def arm(self, pids: Iterable[int]) -> None:
         for pid in pids:
@@ -62,17 +65,24 @@ class UffdTracker:
         begin = time.perf_counter()
         known = set(self._tasks)
         found = []
+        spaces = []
         for pid in sorted(pids):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                found += self._scan_process(self._task(pid), final=final)
+                task, space = self._task(pid), read_address_space(pid)
+                if space is not None:
+                    found.append(self._scan_process(task, space, final=final))
+                    spaces.append(space)
         alive = {process.pid for process in found}
         for pid in set(self._tasks) - alive:
             self._forget(pid)
+        segments = self._shared.scan(spaces) if self._shared is not None else ()
         took_ms = (time.perf_counter() - begin) * 1e3
-        return Scan(processes=tuple(found), gone=tuple(sorted(known - alive)), took_ms=took_ms)
+        return Scan(processes=tuple(found), segments=segments, gone=tuple(sorted(known - alive)), took_ms=took_ms)
 
-    def copied(self, pid: int, address: int, data: memoryview) -> None:
-        """Nothing to do: the kernel says what was written, contents are not compared."""
+    def copied(self, space: int | Segment, address: int, data: memoryview) -> None:
+        # Of processes the kernel says what was written.
+        if isinstance(space, Segment) and self._shared is not None:
+            self._shared.copied(space, address, data)
 
     def facts(self) -> TrackerFacts:
         tasks = self._tasks.values()
@@ -101,14 +111,10 @@ class UffdTracker:
         if (task := self._tasks.pop(pid, None)) is not None:
             task.memory.close()
 
-    def _scan_process(self, task: _Task, *, final: bool) -> list[ProcessScan]:
-        """One; none when the process has ended."""
-        space = read_address_space(task.pid)
-        if space is None:
-            return []
+    def _scan_process(self, task: _Task, space: AddressSpace, *, final: bool) -> ProcessScan:
         if not task.armed:
             if other := owner_of_memory(task.pid, self._tasks):
-                return [ProcessScan(pid=task.pid, shares_memory_with=other)]
+                return ProcessScan(pid=task.pid, shares_memory_with=other)
             if not final:
                 self._take_back_descriptors(task)
                 self._inject(task)
@@ -116,7 +122,7 @@ class UffdTracker:
             found = task.memory.scan(pagemap, space.mappings, final=final)
             if task.memory.outdated and self._inject(task):
                 found = task.memory.scan(pagemap, space.mappings, final=final)
-        return [found]
+        return found
 
     def _inject(self, task: _Task) -> bool:
         """Give the process a userfaultfd. False: the memory's ``reason`` says why not."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from runtime.memory.api import DirtyTracker
 from runtime.memory.ranges import PageRanges
-from runtime.memory.tracker import probe_trackers
+from runtime.memory.tracker import make_tracker, probe_trackers
 from runtime.memory.tracker_hash import HashTracker
 from runtime.memory.tracker_uffd import UffdTracker
 from tests.support.mapper import Copies, Mapper, private_mappings, running_mapper
@@ -166,6 +166,55 @@ def test_the_last_scan_changes_nothing_and_closing_twice_is_no_error(tracker: Di
 def test_a_process_that_does_not_exist_is_left_out(tracker: DirtyTracker) -> None:
     tracker.arm([2**22 + 1])
     assert tracker.scan([2**22 + 1]).processes == ()
+
+
+# Shared memory
+
+
+@pytest.fixture(params=["uffd-wp", "hash"])
+def sharing_tracker(request: pytest.FixtureRequest) -> Iterator[DirtyTracker]:
+    if reason := probe_trackers()[request.param]:
+        pytest.skip(reason)
+    made = make_tracker(request.param, shared=True)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "memfd", "sysv"])
+def test_shared_memory_is_found_once_and_only_what_changed_is_dirty(
+    sharing_tracker: DirtyTracker, mapper: Mapper, kind: str
+) -> None:
+    copies = Copies(sharing_tracker)
+    assert mapper.order("share", area=1, pages=64, kind=kind)
+    mapper.order("write", area=1, page=8, count=40, value=1, how="instruction")
+    mapper.order("fork")
+    sharing_tracker.arm(mapper.pids)
+    (first,) = copies.follow(mapper.pids).segments
+    assert first.existing.spans() == [(8 * 4096, 48 * 4096)]
+    assert first.dirty == first.existing
+    mapper.order("write", to=1, area=1, page=10, count=2, value=2, how="instruction")
+    (second,) = copies.follow(mapper.pids).segments
+    assert second.dirty.spans() == [(10 * 4096, 12 * 4096)]
+    (third,) = copies.follow(mapper.pids).segments
+    assert not third.dirty
+    assert [copies.check_shared(pid) for pid in mapper.pids] == [1, 1]
+
+
+def test_writes_that_page_tables_do_not_show_are_found_in_shared_memory(
+    sharing_tracker: DirtyTracker, mapper: Mapper
+) -> None:
+    copies = Copies(sharing_tracker)
+    mapper.order("share", area=1, pages=64, kind="memfd")
+    mapper.order("write", area=1, page=0, count=64, value=1, how="instruction")
+    sharing_tracker.arm(mapper.pids)
+    copies.follow(mapper.pids)
+    assert mapper.order("write_file", area=1, page=3, value=7)
+    assert mapper.order("write_by_short_lived_child", area=1, page=20, value=7)
+    assert mapper.order("punch", area=1, page=40, count=4)
+    (found,) = copies.follow(mapper.pids, final=True).segments
+    assert found.dirty.spans() == [(3 * 4096, 4 * 4096), (20 * 4096, 21 * 4096)]
+    assert found.existing.spans() == [(0, 40 * 4096), (44 * 4096, 64 * 4096)]
+    assert copies.check_shared(mapper.pids[0]) == 1
 
 
 # Random histories

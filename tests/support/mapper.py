@@ -15,12 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.memory.api import DirtyTracker, ProcessScan, Scan
+from runtime.memory.api import DirtyTracker, ProcessScan, Scan, Segment, SegmentScan
 
 WORKLOAD = Path(__file__).resolve().parents[1] / "workloads" / "mapper.py"
 PAGE = 4096
 ZEROS = bytes(PAGE)
 _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ...p \S+ \S+ (\d+) *(.*)$", re.MULTILINE)
+_SHARED = re.compile(
+    r"^([0-9a-f]+)-([0-9a-f]+) ...s ([0-9a-f]+) (\S+) (\d+) +((?:/dev/zero|/memfd:|/SYSV).*)$", re.MULTILINE
+)
 _KERNEL_MADE = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]")
 
 
@@ -83,6 +86,7 @@ class Copies:
     def __init__(self, tracker: DirtyTracker) -> None:
         self._tracker = tracker
         self._pages: dict[int, dict[int, bytes]] = {}
+        self._segments: dict[Segment, dict[int, bytes]] = {}
 
     def follow(self, pids: list[int], *, final: bool = False) -> Scan:
         """Scan, and bring the copies up to date as far as the scan tells."""
@@ -91,7 +95,19 @@ class Copies:
             self._pages.pop(pid, None)
         for process in scan.processes:
             self._follow_process(process)
+        self._segments = {each.segment: self._follow_segment(each) for each in scan.segments}
         return scan
+
+    def _follow_segment(self, scan: SegmentScan) -> dict[int, bytes]:
+        kept = self._segments.get(scan.segment, {})
+        existing = {page for start, end in scan.existing.spans() for page in range(start, end, PAGE)}
+        kept = {page: data for page, data in kept.items() if page in existing}
+        with open(scan.path, "rb", buffering=0) as file:
+            for start, end in scan.dirty.spans():
+                data = os.pread(file.fileno(), end - start, start)
+                self._tracker.copied(scan.segment, start, memoryview(data))
+                kept |= {start + at: data[at : at + PAGE] for at in range(0, len(data), PAGE)}
+        return kept
 
     def _follow_process(self, process: ProcessScan) -> None:
         kept = self._pages.setdefault(process.pid, {})
@@ -120,6 +136,18 @@ class Copies:
         for pid in pids:
             wrong = self._differences(pid, self._pages.get(pid, {}))
             assert not wrong, f"process {pid}: " + ", ".join(wrong[:10])
+
+    def check_shared(self, pid: int) -> int:
+        """Compare all shared memory that the process maps, as it sees it. How many mappings there were."""
+        text = Path(f"/proc/{pid}/maps").read_text()
+        found = _SHARED.findall(text)
+        with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+            for start, end, offset, device, inode, name in found:
+                kept = self._segments.get(Segment(device, int(inode), name), {})
+                for page in range(int(start, 16), int(end, 16), PAGE):
+                    at = page - int(start, 16) + int(offset, 16)
+                    assert os.pread(memory.fileno(), PAGE, page) == kept.get(at, ZEROS), f"{name} at {at:#x}"
+        return len(found)
 
     def _differences(self, pid: int, kept: dict[int, bytes]) -> list[str]:
         wrong = []

@@ -17,12 +17,13 @@ import threading
 PAGE = 4096
 HUGE = 2 << 20
 PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
-MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED = 2, 0x20, 0x4000, 0x10
+MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED = 1, 2, 0x20, 0x4000, 0x10
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 FAILED = ctypes.c_void_p(-1).value
 ADVICE = {
     "dontneed": 4,
     "free": 8,
+    "remove": 9,
     "hugepage": 14,
     "nohugepage": 15,
     "collapse": 25,
@@ -37,6 +38,7 @@ libc.mremap.argtypes, libc.mremap.restype = (pointer, size, size, number, pointe
 libc.munmap.argtypes = (pointer, size)
 libc.madvise.argtypes = (pointer, size, number)
 libc.mprotect.argtypes = (pointer, size, number)
+libc.shmat.argtypes, libc.shmat.restype = (number, pointer, number), pointer
 libc.read.argtypes = (number, pointer, size)
 libc.sbrk.argtypes, libc.sbrk.restype = (ctypes.c_long,), pointer
 
@@ -62,6 +64,7 @@ class Area:
 class Mapper:
     def __init__(self) -> None:
         self.areas: dict[int, Area] = {}
+        self.memfds: dict[int, int] = {}
         self.children: dict[int, tuple[int, socket.socket]] = {}
 
     def obey(self, order: dict) -> bool:
@@ -203,6 +206,44 @@ class Mapper:
     def op_grow_heap(self, pages: int, value: int) -> bool:
         start = libc.sbrk(pages * PAGE)
         ctypes.memset(start, value, pages * PAGE)
+        return True
+
+    def op_share(self, area: int, pages: int, kind: str) -> bool:
+        """Shared memory that its forks share too: shared anonymous, memfd, System V."""
+        if area in self.areas:
+            return False
+        if kind == "sysv":
+            number = libc.shmget(0, pages * PAGE, 0o600 | 0o1000)
+            address = libc.shmat(number, None, 0)
+            libc.shmctl(number, 0, None)  # IPC_RMID
+        else:
+            fd = os.memfd_create("shared") if kind == "memfd" else -1
+            if fd >= 0:
+                os.ftruncate(fd, pages * PAGE)
+                self.memfds[area] = fd
+            flags = MAP_SHARED | (MAP_ANONYMOUS if fd < 0 else 0)
+            address = libc.mmap(None, pages * PAGE, PROT_READ | PROT_WRITE, flags, fd, 0)
+        self.areas[area] = Area(address, pages, PROT_READ | PROT_WRITE)
+        return address != FAILED
+
+    def op_write_file(self, area: int, page: int, value: int) -> bool:
+        """Write to a memfd by its descriptor."""
+        if area not in self.memfds:
+            return False
+        return os.pwrite(self.memfds[area], bytes([value]) * 64, page * PAGE) == 64
+
+    def op_punch(self, area: int, page: int, count: int) -> bool:
+        found = self.areas.get(area)
+        return found is not None and libc.madvise(found.at(page), count * PAGE, ADVICE["remove"]) == 0
+
+    def op_write_by_short_lived_child(self, area: int, page: int, value: int) -> bool:
+        pid = os.fork()
+        if not pid:
+            try:
+                self._write(self.areas[area], [page], value, "instruction")
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
         return True
 
     def op_fork(self) -> bool:
