@@ -23,12 +23,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from migrate.lab.lab import Lab
+from migrate.wiring import ModeName
 
 TOP = Path(__file__).resolve().parents[1]
 WORKLOAD = TOP / "tests" / "workloads"
@@ -37,6 +38,7 @@ NAME = "bench"
 HOT_MIB = 16
 WRITES_PER_S = 1000
 PLAIN = ("plain", "tar")
+MODES = [mode for mode in get_args(ModeName) if mode != "auto"]
 STEP_TIMEOUT_S = 300
 SETTLE_S = 0.5
 

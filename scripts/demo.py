@@ -21,19 +21,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from migrate.lab.lab import Lab
+from migrate.wiring import ModeName
 
 TOP = Path(__file__).resolve().parents[1]
 # Its own place, so that a lab in use on this machine is neither seen nor touched; a fixed one, so that what a killed
 # demo left is found and removed by the next.
 LAB_DIR = Path("/var/lib/cmigrate-demo")
 NAME = "web1"
-MODES = ("stopcopy", "diskless", "precopy")
+MODES = tuple(mode for mode in get_args(ModeName) if mode != "auto")
 TRANSPORTS = ("ssh", "stream")
 # Long enough to see a client that waits for its second retransmission.
 SETTLE_S = 2.0
