@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from runtime.memory.tracker_uffd import UffdTracker
+from tests.support.tasks import wait_for
 
 WORKLOADS = Path(__file__).resolve().parents[1] / "workloads"
 BLOCKED_S = 0.5
@@ -210,6 +211,48 @@ def elf32_that_sleeps() -> bytes:
     return (head + segment + code).ljust(0x1000, b"\0")
 
 
+def test_a_process_that_may_only_read_and_write_is_armed_and_lives(tracker: UffdTracker) -> None:
+    # prctl(PR_SET_SECCOMP, SECCOMP_MODE_STRICT): any other system call is its death.
+    code = "import ctypes\nlibc = ctypes.CDLL(None)\nprint()\nlibc.prctl(22, 1, 0, 0, 0)\nlibc.read(0, 0, 1)"
+    with python("-c", code) as process:
+        wait_for(lambda: status_of(process.pid, "Seccomp") == "1", "strict mode")
+        tracker.arm([process.pid])
+        assert tracker.scan([process.pid]).processes[0].reason == ""
+        assert (process.poll(), state_of(process.pid)) == (None, "S")
+
+
+def test_a_process_that_handles_its_own_system_calls_is_untracked_memory(tracker: UffdTracker) -> None:
+    # prctl(PR_SET_SYSCALL_USER_DISPATCH, ON, 0, 0, &selector) with a selector that lets all calls through.
+    code = """
+import ctypes
+selector = ctypes.c_byte(0)
+print(ctypes.CDLL(None).prctl(59, 1, 0, 0, ctypes.byref(selector)))
+input()
+"""
+    with python("-c", code) as process:
+        tracker.arm([process.pid])
+        (found,) = tracker.scan([process.pid]).processes
+        assert found.reason == "it handles its own system calls (syscall user dispatch)"
+        assert found.to_copy == found.existing
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the program is machine code for x86-64")
+def test_a_restartable_sequence_is_not_broken_into() -> None:
+    with python(str(WORKLOADS / "restartable.py")) as process:
+        assert process.stdout is not None
+        flag, pointer, descriptor = (int(text) for text in process.stdout.readline().split())
+        memory = os.open(f"/proc/{process.pid}/mem", os.O_RDWR)
+        try:
+            for _ in range(20):
+                assert arm_once(process.pid)[0] in ("", "its thread is in a restartable sequence each time")
+                # Were it cleared while the program is inside, it would stay so: the program would not be started anew.
+                wait_for(lambda: int.from_bytes(os.pread(memory, 8, pointer), "little") == descriptor, "the sequence")
+            os.pwrite(memory, b"\x01", flag)
+        finally:
+            os.close(memory)
+        assert process.stdout.readline() == "left\n"
+
+
 def test_a_child_after_vfork_is_said_to_run_in_its_parents_memory(tracker: UffdTracker) -> None:
     # posix_spawn runs the child in the parent's memory until it has its program; opening a FIFO takes until we open it.
     code = """
@@ -290,6 +333,13 @@ def descriptors(pid: int) -> set[str]:
             with contextlib.suppress(OSError):
                 found.add(os.readlink(f"/proc/{pid}/fd/{name}"))
     return found
+
+
+def status_of(pid: int, name: str) -> str:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return line.split(":")[1].strip()
+    return ""
 
 
 def state_of(pid: int) -> str:
