@@ -23,17 +23,19 @@ from runtime.api import Container, Status
 from runtime.container import Containers
 from runtime.criu.binary import CriuBinary
 from runtime.criu.filter.table import PageFilter
-from runtime.criu.filter.table import PageFilter
 from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, dump_request, external_mounts
 from runtime.criu.rpc import CriuSession
 from runtime.errors import CriuFailed
+from runtime.linux.vfork import tasks_in_vfork
 from runtime.network import ContainerNetwork, in_network_namespace
 from runtime.nft import remove_criu_tables
 from runtime.sandbox.launch import ask_monitor
 
 PREPARE_TIMEOUT_S = 30.0
 FREEZE_TIMEOUT_S = 10.0
+VFORK_ATTEMPTS = 200
+VFORK_PAUSE_S = 0.001
 # CRIU is silent while it walks memory; 4 GiB take seconds here, a terabyte minutes.
 DUMP_TIMEOUT_S = 600.0
 FINISH_TIMEOUT_S = 60.0
@@ -104,10 +106,24 @@ class HeldDump:
         """Stop the container. From here the blackout runs. Its sockets still take what arrives."""
         self.marks["freeze"] = time.monotonic()
         self._frozen = True
-        self._cgroup.freeze(FREEZE_TIMEOUT_S)
+        self._freeze_outside_vfork()
         # What the container wrote before is in the log now, and not in a pipe that CRIU would dump a second time.
         ask_monitor(self._containers.host, self.container.id, "drain")
         self.marks["frozen"] = time.monotonic()
+
+    def _freeze_outside_vfork(self) -> None:
+        """A task inside vfork can be frozen and not seized: thaw for a moment and try again, it is soon out of it."""
+        for attempt in range(VFORK_ATTEMPTS):
+            self._cgroup.freeze(FREEZE_TIMEOUT_S)
+            inside = tasks_in_vfork(self._cgroup.pids())
+            if not inside:
+                return
+            self._cgroup.thaw()
+            time.sleep(VFORK_PAUSE_S * (1 + attempt % 5))
+        raise CriuFailed(
+            f"task {inside[0]} of the container stays inside vfork(), where it can not be dumped",
+            hint="its child neither calls execve() nor ends: see what it waits for",
+        )
 
     def cut_off(self) -> None:
         """No frame reaches the container any more; whoever holds them instead is ready."""
