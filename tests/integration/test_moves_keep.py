@@ -174,6 +174,15 @@ def test_files_of_every_kind_in_root_and_tmpfs_are_there_after_moves(two_hosts: 
             assert container.exec("sh", "-c", look) == before
 
 
+def test_a_program_that_starts_others_all_the_time_moves_at_any_moment(two_hosts: TwoHosts) -> None:
+    """A task in vfork() cannot be stopped until its child has gone on, and the child is frozen."""
+    script = "while :; do /bin/true; done"
+    with running(two_hosts, Shell(f"({script}) & ({script}) & {script}"), name="vforks") as container:
+        for _ in range(4):
+            report = container.move("diskless", "stream")
+            assert report["blackout_ms"] < 5000
+
+
 def test_both_hosts_keep_the_report(two_hosts: TwoHosts) -> None:
     with running(two_hosts, Shell("exec sleep 1000"), name="reported") as container:
         report = container.move("diskless", "stream")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 # What stays on a host that once ran a container: directories of containers, moves and reports, the masquerading table.
-STANDING = ("containers", "moves", "reports", "journal", "criu-features.json")
+STANDING = ("cache", "containers", "moves", "reports", "journal", "criu-features.json")
 LOCKS = (".lock",)
 STANDING_TABLE = "table ip cmigrate"
 
@@ -51,7 +51,7 @@ def files(*tops: str) -> list[str]:
         for entry in top.iterdir() if top.exists() else ():
             if entry.name not in STANDING:
                 found.append(str(entry))
-            elif entry.name not in ("reports", "journal"):
+            elif entry.name not in ("cache", "reports", "journal"):
                 found += [str(inner) for inner in entry.iterdir() if inner.name not in LOCKS] if entry.is_dir() else []
     return found
 
