@@ -73,6 +73,9 @@ class HashTracker:
         elif (task := self._tasks.get(space)) is not None:
             task.comparer.copied(address, data)
 
+    def clear_marks(self) -> None:
+        """There are none."""
+
     def facts(self) -> TrackerFacts:
         return TrackerFacts(kind="hash", armed=len(self._tasks) - len(self._reasons), untracked=dict(self._reasons))
 

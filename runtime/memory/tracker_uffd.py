@@ -84,6 +84,10 @@ class UffdTracker:
         if isinstance(space, Segment) and self._shared is not None:
             self._shared.copied(space, address, data)
 
+    def clear_marks(self) -> None:
+        for task in self._tasks.values():
+            task.memory.clear_marks()
+
     def facts(self) -> TrackerFacts:
         tasks = self._tasks.values()
         return TrackerFacts(
