@@ -84,7 +84,7 @@ def write_back(fd: int) -> None:
 
 
 def start_write_back(fd: int) -> None:
-    """sync_file_range(2) that only queues the file's dirty pages for writing, so that many files are written at once."""
+    """sync_file_range(2) that only queues the dirty pages of a file for writing: many files are written at once."""
     if _libc.sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE) < 0:
         raise KernelCallFailed("sync_file_range", f"fd {fd}", ctypes.get_errno())
 

@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,15 +105,6 @@ def test_a_criu_that_fails_its_check_is_a_blocker_and_is_asked_again(
     monkeypatch.setenv("CMIGRATE_CRIU", str(broken))
     assert bad(doctor(host))["criu"].level == "blocker"
     assert not (host.run_dir / CACHE_FILE).exists()
-
-
-def test_a_run_directory_on_a_disk_is_a_warning(host: HostConfig, tmp_path: Path) -> None:
-    directory = Path(tempfile.mkdtemp(prefix="cmigrate-disk-", dir="/var/tmp"))
-    try:
-        finding = bad(doctor(replace(host, run_dir=directory)))["run-dir"]
-        assert (finding.level, "stopcopy" in finding.what) == ("warning", True)
-    finally:
-        shutil.rmtree(directory)
 
 
 def test_an_overlay_that_can_not_be_made_says_why(host: HostConfig) -> None:
