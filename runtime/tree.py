@@ -44,6 +44,9 @@ __all__ = [
     "scan",
 ]
 
+HASH_BLOCK_BYTES = 4096
+_ZEROS = bytes(HASH_BLOCK_BYTES)
+
 
 def compare(
     old: Snapshot | None,
@@ -155,8 +158,12 @@ def hash_files(root: Path | int, snapshot: Snapshot) -> Snapshot:
         if entry.kind is Kind.FILE:
             hasher = xxhash.xxh3_128(entry.size.to_bytes(8, "little"))
             for offset, piece in read_chunks(root, _change(Op.PUT, path, entry)):
-                hasher.update(offset.to_bytes(8, "little"))
-                hasher.update(piece)
+                # By blocks, and without those of zeros: where a file has holes is no part of its content.
+                for start in range(0, len(piece), HASH_BLOCK_BYTES):
+                    block = piece[start : start + HASH_BLOCK_BYTES]
+                    if block != _ZEROS[: len(block)]:
+                        hasher.update((offset + start).to_bytes(8, "little"))
+                        hasher.update(block)
             entries[path] = dataclasses.replace(entry, content=hasher.digest())
     return Snapshot(entries=entries)
 
