@@ -10,6 +10,7 @@ import fcntl
 import os
 import struct
 import sys
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +77,7 @@ class Pagemap:
     def written(self, start: int, end: int, *, protect: bool) -> Bounds:
         """Pages written since they were last protected; with ``protect`` they are protected again in the same step.
 
-        Mappings that no userfaultfd watches may be left out or reported in full: ask ``own_pages_by_watch`` afterwards.
+        Mappings that no userfaultfd watches may be left out or reported in full: ask ``survey`` afterwards.
         A whole block of page table that does not exist (2 MiB) is not reported, though it may have existed before.
         """
         # WRITTEN alone: with PRESENT beside it a page dropped by MADV_DONTNEED is taken for clean (07b4377bdbe7).
@@ -97,33 +98,35 @@ class Pagemap:
 
         ``of_files``: the range maps files, and pages that merely show the file's content do not count.
         """
-        return _joined(list(self.own_pages_by_watch(start, end, of_files=of_files)))
+        return self.survey([(start, end, of_files)])[:, :2]
 
-    def own_pages_by_watch(self, start: int, end: int, *, of_files: bool) -> tuple[Bounds, Bounds]:
-        """``own_pages`` in two parts: in mappings that a userfaultfd watches, and in others."""
-        excluded = PAGE_IS_PFNZERO | (PAGE_IS_FILE if of_files else 0)
+    def survey(self, stretches: Iterable[tuple[int, int, bool]]) -> Bounds:
+        """``own_pages`` of several stretches (start, end, of_files), with a third column of PAGE_IS_* bits.
+
+        WPALLOWED: a userfaultfd watches there; only then WRITTEN counts: written since it was last protected.
+        """
         either = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-        regions = _joined(self._scan(0, start, end, (excluded, excluded, either, either | PAGE_IS_WPALLOWED)), 3)
-        watched = regions[:, 2] & np.uint64(PAGE_IS_WPALLOWED) != 0
-        present = regions[:, 2] & np.uint64(PAGE_IS_PRESENT) != 0
-        first, second = (
-            _joined([regions[part & present, :2], self._swapped(regions[part & ~present, :2])])
-            for part in (watched, ~watched)
-        )
-        return first, second
+        found: list[Bounds] = []
+        for start, end, of_files in stretches:
+            # Whose page it is costs the kernel more to find out than all the rest.
+            excluded = PAGE_IS_PFNZERO | (PAGE_IS_FILE if of_files else 0)
+            wanted = (excluded, excluded, either, either | PAGE_IS_WPALLOWED | PAGE_IS_WRITTEN)
+            found += self._scan(0, start, end, wanted)
+        regions = _joined(found, 3)
+        swapped = regions[:, 2] & np.uint64(PAGE_IS_PRESENT) == 0
+        return _joined([regions[~swapped], *self._swapped(regions[swapped])], 3) if swapped.any() else regions
 
-    def _swapped(self, regions: Bounds) -> Bounds:
+    def _swapped(self, regions: Bounds) -> list[Bounds]:
         """Of pages that PAGEMAP_SCAN calls swapped, those that exist: markers are no pages. The entries tell."""
         found: list[Bounds] = []
-        if len(regions):
-            far = np.flatnonzero(regions[1:, 0] - regions[:-1, 1] > np.uint64(_NEAR_BYTES)) + 1
-            for part in np.split(regions, far):
-                for first, entries in self._entries(int(part[0, 0]), int(part[-1, 1])):
-                    swapped = entries & (_PM_PRESENT | _PM_SWAP | _PM_FILE) == _PM_SWAP
-                    real = swapped & (entries & _SWAP_TYPE != _PTE_MARKER)
-                    if real.any():
-                        found.append(runs(first, real & _covered(part, first, len(entries))))
-        return _joined(found)
+        far = np.flatnonzero(regions[1:, 0] - regions[:-1, 1] > np.uint64(_NEAR_BYTES)) + 1
+        for part in np.split(regions, far):
+            for first, entries in self._entries(int(part[0, 0]), int(part[-1, 1])):
+                swapped = entries & (_PM_PRESENT | _PM_SWAP | _PM_FILE) == _PM_SWAP
+                real = swapped & (entries & _SWAP_TYPE != _PTE_MARKER)
+                if real.any():
+                    found += _with_categories(part, first, real)
+        return found
 
     def own_pages_by_entry(self, start: int, end: int) -> Bounds:
         """As ``own_pages``, from /proc/PID/pagemap alone, for kernels without PAGEMAP_SCAN; zero pages count here."""
@@ -172,13 +175,14 @@ def _joined(parts: list[Bounds], columns: int = 2) -> Bounds:
     return kept[0] if len(kept) == 1 else np.concatenate(kept)
 
 
-def _covered(regions: Bounds, start: int, pages: int) -> NDArray[np.bool_]:
-    """For each page from ``start`` on, whether it lies in one of the regions."""
-    addresses = np.arange(pages, dtype=np.uint64) * np.uint64(PAGE_BYTES) + np.uint64(start)
-    at = np.searchsorted(regions[:, 1], addresses, side="right")
-    inside = at < len(regions)
-    inside[inside] = regions[at[inside], 0] <= addresses[inside]
-    return inside
+def _with_categories(regions: Bounds, start: int, flags: NDArray[np.bool_]) -> list[Bounds]:
+    """The flagged pages from ``start`` on that lie in one of the regions, with its categories."""
+    found = []
+    for first, end, categories in regions.tolist():
+        low, high = (min(max((each - start) // PAGE_BYTES, 0), len(flags)) for each in (first, end))
+        bounds = runs(start + low * PAGE_BYTES, flags[low:high])
+        found.append(np.column_stack([bounds, np.full(len(bounds), categories, dtype=np.uint64)]))
+    return found
 
 
 def runs(start: int, flags: NDArray[np.bool_]) -> Bounds:

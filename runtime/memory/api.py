@@ -137,7 +137,8 @@ class DirtyTracker(Protocol):
         Costs next to nothing where memory is dense. ``close``, which does the same for good, takes 25 ms for each GiB.
         """
 
-    def facts(self) -> TrackerFacts: ...
+    def facts(self) -> TrackerFacts:
+        """Of the last scan; kept when the tracker is closed."""
 
     def close(self) -> None:
         """Stop watching. Safe while everything is frozen, and at any time; idempotent."""

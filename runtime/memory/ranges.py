@@ -38,7 +38,12 @@ class PageRanges:
         kept = bounds[bounds[:, 1] > bounds[:, 0]]
         if len(kept) == 0:
             return EMPTY
-        return cls(_sweep([kept], lambda depth: depth >= 1))
+        if (kept[1:, 0] < kept[:-1, 1]).any():
+            return cls(_sweep([kept], lambda depth: depth >= 1))
+        # In order already, as the kernel reports them: only join what touches.
+        apart = kept[1:, 0] > kept[:-1, 1]
+        first, last = np.concatenate(([True], apart)), np.concatenate((apart, [True]))
+        return cls(np.column_stack([kept[first, 0], kept[last, 1]]))
 
     @classmethod
     def from_spans(cls, spans: Iterable[tuple[int, int]]) -> PageRanges:

@@ -18,10 +18,14 @@ _START_TICKS = 19
 
 @dataclass(frozen=True, kw_only=True)
 class AddressSpace:
-    """``tid``: a thread whose entries in /proc show this memory; the process's own pid nearly always."""
+    """``tid``: a thread whose entries in /proc show this memory; the process's own pid nearly always.
+
+    ``text`` is what the mappings were parsed from.
+    """
 
     tid: int
     mappings: list[Mapping]
+    text: str
 
 
 def start_ticks(pid: int) -> str:
@@ -29,16 +33,19 @@ def start_ticks(pid: int) -> str:
     return _stat_fields(pid)[_START_TICKS]
 
 
-def read_address_space(pid: int) -> AddressSpace | None:
-    """None when the process has ended and only waits to be reaped."""
+def read_address_space(pid: int, before: AddressSpace | None = None) -> AddressSpace | None:
+    """None when the process has ended and only waits to be reaped. ``before`` itself when nothing is mapped otherwise
+    than then."""
     text = Path(f"/proc/{pid}/maps").read_text()
     if text:
-        return AddressSpace(tid=pid, mappings=parse_mappings(text))
+        if before is not None and before.tid == pid and before.text == text:
+            return before
+        return AddressSpace(tid=pid, mappings=parse_mappings(text), text=text)
     # A leader that has ended before its threads has no memory any more; they have.
     for name in os.listdir(f"/proc/{pid}/task"):
         with contextlib.suppress(OSError):
             if text := Path(f"/proc/{name}/maps").read_text():
-                return AddressSpace(tid=int(name), mappings=parse_mappings(text))
+                return AddressSpace(tid=int(name), mappings=parse_mappings(text), text=text)
     return None
 
 

@@ -41,6 +41,7 @@ class HashTracker:
         self._use_scan = has_pagemap_scan() if use_pagemap_scan is None else use_pagemap_scan
         self._tasks: dict[int, _Task] = {}
         self._reasons: dict[int, str] = {}
+        self._facts: TrackerFacts | None = None
         self._shared = SharedMemory() if shared else None
         self._buffer = bytearray(READ_BYTES)
 
@@ -51,6 +52,7 @@ class HashTracker:
         begin = time.perf_counter()
         known = set(self._tasks)
         self._reasons = {}
+        self._facts = None
         found = []
         spaces = []
         for pid in sorted(pids):
@@ -77,9 +79,12 @@ class HashTracker:
         """There are none."""
 
     def facts(self) -> TrackerFacts:
+        if self._facts is not None:
+            return self._facts
         return TrackerFacts(kind="hash", armed=len(self._tasks) - len(self._reasons), untracked=dict(self._reasons))
 
     def close(self) -> None:
+        self._facts = self.facts()
         self._tasks.clear()
 
     def _task(self, pid: int) -> _Task:

@@ -36,6 +36,7 @@ class _Task:
     pid: int
     started: str
     memory: WatchedMemory
+    space: AddressSpace | None = None
     stop_ms: float = 0.0
     left_behind: set[int] = field(default_factory=set)
 
@@ -51,9 +52,12 @@ class UffdTracker:
         """``shared``: track shared memory too, which costs reading all of it in each scan."""
         self._tracer = TracerThread()
         self._tasks: dict[int, _Task] = {}
+        # As they were before everything was let go.
+        self._facts: TrackerFacts | None = None
         self._shared = SharedMemory() if shared else None
 
     def arm(self, pids: Iterable[int]) -> None:
+        self._facts = None
         for pid in pids:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 task = self._task(pid)
@@ -63,12 +67,14 @@ class UffdTracker:
 
     def scan(self, pids: Iterable[int], *, final: bool = False) -> Scan:
         begin = time.perf_counter()
+        self._facts = None
         known = set(self._tasks)
         found = []
         spaces = []
         for pid in sorted(pids):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                task, space = self._task(pid), read_address_space(pid)
+                task = self._task(pid)
+                space = task.space = read_address_space(pid, task.space)
                 if space is not None:
                     found.append(self._scan_process(task, space, final=final))
                     spaces.append(space)
@@ -85,10 +91,13 @@ class UffdTracker:
             self._shared.copied(space, address, data)
 
     def clear_marks(self) -> None:
+        self._facts = self.facts()
         for task in self._tasks.values():
             task.memory.clear_marks()
 
     def facts(self) -> TrackerFacts:
+        if self._facts is not None:
+            return self._facts
         tasks = self._tasks.values()
         return TrackerFacts(
             kind="uffd-wp",
@@ -98,6 +107,7 @@ class UffdTracker:
         )
 
     def close(self) -> None:
+        self._facts = self.facts()
         for pid in list(self._tasks):
             self._forget(pid)
         self._tracer.close()

@@ -11,12 +11,13 @@ import contextlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from runtime.errors import KernelCallFailed
 from runtime.linux import userfaultfd
-from runtime.linux.pagemap import Bounds, Pagemap
+from runtime.linux.pagemap import PAGE_IS_WPALLOWED, PAGE_IS_WRITTEN, Bounds, Pagemap
 from runtime.memory.api import ProcessScan, Untracked
 from runtime.memory.maps import Kind, Mapping
 from runtime.memory.ranges import EMPTY, PAGE_BYTES, PageRanges
@@ -25,6 +26,9 @@ NEW_MAPPING = "new mapping"
 PRIVATE = (Kind.ANONYMOUS, Kind.PRIVATE_FILE)
 # Up to this much of other memory is walked through rather than asked around: a call costs as much as 1000 pages.
 _NEAR_BYTES = 4 << 20
+_LARGE_BYTES = 16 << 20
+# Below this it is faster to close than to look for gaps.
+_LITTLE_BYTES = 32 << 20
 # So many pages are unprotected in the time of a call.
 _FEW_BYTES = 64 * PAGE_BYTES
 
@@ -40,8 +44,9 @@ class WatchedMemory:
         self.descriptor = descriptor
         self.reason = reason
         self.outdated = False
-        self._private: list[Mapping] = []
+        self._layout = layout_of(())
         self._existing = EMPTY
+        self._registered: set[tuple[int, int]] = set()
 
     def close(self) -> None:
         """The kernel forgets everything that was registered: 25 ms for each GiB that was touched."""
@@ -61,18 +66,22 @@ class WatchedMemory:
                     self._register(mapping)
 
     def scan(self, pagemap: Pagemap, mappings: Sequence[Mapping], *, final: bool) -> ProcessScan:
-        """``mappings`` and ``pagemap`` must be fresh."""
-        private = [mapping for mapping in mappings if mapping.kind in PRIVATE]
-        vanished = spans_of(self._private) - spans_of(private)
-        self._private = private
+        """``pagemap`` and ``mappings`` must be fresh; the same mappings may be the same object as in the last scan."""
+        before, layout = self._layout, self._layout
+        if mappings is not layout.mappings:
+            layout = self._layout = layout_of(mappings)
+        watching = self.descriptor is not None
         written = EMPTY
-        if self.descriptor is not None:
-            written = _ranges(pagemap.written(*stretch, protect=not final) for stretch in _stretches(private))
+        if watching and not final:
+            written = _ranges(pagemap.written(start, end, protect=True) for start, end, _files in layout.stretches)
         # After that: a page that comes into being in between is not protected, and so is in the next scan.
-        watched, unwatched = own_pages(pagemap, private)
+        survey = pagemap.survey(layout.stretches)
+        watched, unwatched = _where(survey, PAGE_IS_WPALLOWED) & layout.spans, _unwatched(survey) & layout.spans
+        if watching and final:
+            written = _where(survey, PAGE_IS_WPALLOWED | PAGE_IS_WRITTEN)
         reasons = {self.reason or NEW_MAPPING: unwatched}
-        if unwatched and self.descriptor is not None and not final:
-            reasons = self._watch_new(pagemap, [each for each in private if _overlaps(each, unwatched)])
+        if unwatched and watching and not final:
+            reasons = self._watch_new(pagemap, [each for each in layout.private if _overlaps(each, unwatched)])
             # Another program: nothing is left of what was watched, and nothing of what is there can be.
             self.outdated = NEW_MAPPING not in reasons and not watched
         untracked = tuple(Untracked(ranges=ranges, reason=reason) for reason, ranges in reasons.items() if ranges)
@@ -83,7 +92,7 @@ class WatchedMemory:
             existing=self._existing,
             dirty=(written & watched) - unknown,
             untracked=untracked,
-            vanished=vanished,
+            vanished=EMPTY if layout is before else before.spans - layout.spans,
             reason=self.reason,
         )
 
@@ -104,8 +113,8 @@ class WatchedMemory:
         # Only now: what comes into being from here on is seen by the next scan.
         found: dict[str, PageRanges] = {}
         for reason, mappings in by_reason.items():
-            watched, unwatched = own_pages(pagemap, mappings)
-            found[reason] = watched | unwatched
+            layout = layout_of(mappings)
+            found[reason] = _where(pagemap.survey(layout.stretches), 0) & layout.spans
         return found
 
     def clear_marks(self) -> None:
@@ -113,35 +122,51 @@ class WatchedMemory:
 
         Pages that exist may keep their protection: nobody sees it, and a write lifts it.
         """
+        if self._existing.bytes < _LITTLE_BYTES:
+            self.close()
         if self.descriptor is None:
             return
-        for mapping in self._private:
+        registered = PageRanges.from_spans(self._registered)
+        for mapping in self._layout.private:
+            if not _overlaps(mapping, registered):
+                continue  # never watched, or only what was there before
             for start, end in gaps(mapping, self._existing):
-                # ENOENT: the mapping is not watched, and so has no marks.
+                # ENOENT: the mapping is not watched any more, and so has no marks.
                 with contextlib.suppress(KernelCallFailed):
                     userfaultfd.unprotect(self.descriptor, start, end)
 
     def _register(self, mapping: Mapping) -> None:
         assert self.descriptor is not None
         userfaultfd.register(self.descriptor, mapping.start, mapping.end)
+        self._registered.add((mapping.start, mapping.end))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The private ones among a process's mappings, and stretches (start, end, of_files) to ask the kernel about."""
+
+    mappings: Sequence[Mapping]
+    private: Sequence[Mapping]
+    spans: PageRanges
+    stretches: Sequence[tuple[int, int, bool]]
+
+
+def layout_of(mappings: Sequence[Mapping]) -> Layout:
+    private = [mapping for mapping in mappings if mapping.kind in PRIVATE]
+    return Layout(mappings=mappings, private=private, spans=spans_of(private), stretches=_stretches(private))
 
 
 def spans_of(mappings: Iterable[Mapping]) -> PageRanges:
     return PageRanges.from_spans((mapping.start, mapping.end) for mapping in mappings)
 
 
-def own_pages(pagemap: Pagemap, mappings: Sequence[Mapping]) -> tuple[PageRanges, PageRanges]:
-    """Existing pages of private mappings: where a userfaultfd watches, and elsewhere."""
-    watched, unwatched = EMPTY, EMPTY
-    for kind in PRIVATE:
-        part = [mapping for mapping in mappings if mapping.kind == kind]
-        spans = spans_of(part)
-        found = [
-            pagemap.own_pages_by_watch(*stretch, of_files=kind == Kind.PRIVATE_FILE) for stretch in _stretches(part)
-        ]
-        watched = watched | (_ranges(first for first, _second in found) & spans)
-        unwatched = unwatched | (_ranges(second for _first, second in found) & spans)
-    return watched, unwatched
+def _where(survey: Bounds, categories: int) -> PageRanges:
+    wanted = np.uint64(categories)
+    return PageRanges.of(survey[survey[:, 2] & wanted == wanted, :2])
+
+
+def _unwatched(survey: Bounds) -> PageRanges:
+    return PageRanges.of(survey[survey[:, 2] & np.uint64(PAGE_IS_WPALLOWED) == 0, :2])
 
 
 def _ranges(parts: Iterable[Bounds]) -> PageRanges:
@@ -168,12 +193,16 @@ def gaps(mapping: Mapping, existing: PageRanges) -> list[tuple[int, int]]:
     return found
 
 
-def _stretches(mappings: Sequence[Mapping]) -> list[tuple[int, int]]:
-    """Few stretches that hold all the mappings, and little of others in between."""
-    found: list[tuple[int, int]] = []
-    for mapping in mappings:
-        if found and mapping.start - found[-1][1] <= _NEAR_BYTES:
-            found[-1] = (found[-1][0], mapping.end)
+def _stretches(private: Sequence[Mapping]) -> list[tuple[int, int, bool]]:
+    """Few stretches that hold all the mappings, and little of others in between.
+
+    Large anonymous memory is for itself: to ask there which pages are a file's would be all in vain, and slow.
+    """
+    found: list[tuple[int, int, bool]] = []
+    for mapping in private:
+        small = mapping.kind != Kind.ANONYMOUS or mapping.end - mapping.start <= _LARGE_BYTES
+        if found and found[-1][2] == small and mapping.start - found[-1][1] <= _NEAR_BYTES:
+            found[-1] = (found[-1][0], mapping.end, small)
         else:
-            found.append((mapping.start, mapping.end))
+            found.append((mapping.start, mapping.end, small))
     return found

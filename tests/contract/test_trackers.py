@@ -158,8 +158,11 @@ def test_the_last_scan_changes_nothing_and_closing_twice_is_no_error(tracker: Di
     mapper.order("write", area=1, page=0, count=8, value=1, how="instruction")
     copies.follow(mapper.pids, final=True)
     copies.check(mapper.pids)
+    facts = tracker.facts()
+    assert (facts.armed, facts.untracked) == (1, {})
     tracker.close()
     tracker.close()
+    assert tracker.facts() == facts
     assert mapper.order("write", area=1, page=0, count=8, value=2, how="instruction")
 
 

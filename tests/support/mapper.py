@@ -114,9 +114,14 @@ class Copies:
         existing = {page for start, end in process.existing.spans() for page in range(start, end, PAGE)}
         for page in kept.keys() - existing:
             del kept[page]
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/{process.pid}/mem", "rb", buffering=0) as memory:
-            for start, end in process.to_copy.spans():
-                self._copy(memory.fileno(), process.pid, start, end, kept)
+        # It may end between the scan and this.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            memory = os.open(f"/proc/{process.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for start, end in process.to_copy.spans():
+                    self._copy(memory, process.pid, start, end, kept)
+            finally:
+                os.close(memory)
 
     def _copy(self, memory_fd: int, pid: int, start: int, end: int, kept: dict[int, bytes]) -> None:
         while start < end:
