@@ -275,7 +275,6 @@ def test_another_host_that_lacks_everything_hears_all_of_it_at_once(containers: 
     assert checks(findings, "blocker") == [
         "memory",
         "disk",
-        "run-dir",
         "name",
         "address",
         "subnet",

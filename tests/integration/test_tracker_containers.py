@@ -63,7 +63,9 @@ class Churning:
     """A container whose processes map, move, unmap and fork all the time, and know what their memory must hold."""
 
     def __init__(self, containers: Containers) -> None:
-        argv = [os.path.realpath("/usr/bin/python3"), "-I", "-S", "-B", str(CHURN), "/", str(MIB), str(WORKERS)]
+        # As text: the checkout may lie where a container does not see the host.
+        program = ["-I", "-S", "-B", "-c", CHURN.read_text()]
+        argv = [os.path.realpath("/usr/bin/python3"), *program, "/", str(MIB), str(WORKERS)]
         self.container: Container = containers.run(new_spec(containers, argv=argv, rootfs="host", network=False))
         self.cgroup = containers.cgroup(self.container.id)
         self._upper = containers.store.directory(self.container.id) / "upper"
