@@ -80,12 +80,17 @@ def _best_thread(pid: int, machine: Architecture) -> int:
     if not ranked:
         raise NotInjected("it has no thread that is alive")
     rank, tid = min(ranked, key=lambda pair: pair[0])
-    if rank >= _UNINTERRUPTIBLE:
+    if rank == _FROZEN:
+        raise NotInjected("it is frozen")
+    if rank == _UNINTERRUPTIBLE:
         raise NotInjected("it sleeps in the kernel where it can not be woken")
     return tid
 
 
-_UNINTERRUPTIBLE = 4
+_UNINTERRUPTIBLE, _FROZEN = 4, 5
+# Where the v2 freezer lets tasks sleep, with and without the inner function inlined. A frozen task would stop for us,
+# and then not run: where these names do not fit, it takes half a second to find that out.
+_FREEZER = ("do_freezer_trap", "get_signal")
 
 
 def _rank(pid: int, tid: int, machine: Architecture) -> int | None:
@@ -94,6 +99,7 @@ def _rank(pid: int, tid: int, machine: Architecture) -> int | None:
     try:
         state = Path(directory, "stat").read_text().rpartition(")")[2].split()[0]
         call = Path(directory, "syscall").read_text().split()[0]
+        sleeps_in = Path(directory, "wchan").read_text()
     except OSError:
         return None
     if state in "ZXx":
@@ -104,6 +110,8 @@ def _rank(pid: int, tid: int, machine: Architecture) -> int | None:
         return _UNINTERRUPTIBLE
     if state in "Tt":
         return 3
+    if sleeps_in in _FREEZER:
+        return _FROZEN
     return 2 if call.isdigit() and machine.never_restarts(int(call)) else 1
 
 
