@@ -12,7 +12,9 @@ longer the plain way takes. The program holds random memory and writes to 1000 p
 
 import argparse
 import contextlib
+import fcntl
 import json
+import os
 import shutil
 import signal
 import statistics
@@ -30,6 +32,7 @@ from rich.table import Table
 
 from migrate.lab.lab import Lab
 from migrate.wiring import ModeName
+from runtime.errors import RuntimeFault
 
 TOP = Path(__file__).resolve().parents[1]
 WORKLOAD = TOP / "tests" / "workloads"
@@ -223,6 +226,12 @@ def show(lines: list[dict[str, Any]]) -> None:
 @contextlib.contextmanager
 def lab_hosts() -> Iterator[Lab]:
     LAB_DIR.mkdir(parents=True, exist_ok=True)
+    lock = os.open(LAB_DIR, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise BenchFailed("another bench runs on this machine: figures of two at once would be worth nothing") from None
     lab = Lab(LAB_DIR / "lab")
     lab.down()  # what a killed run left
     try:
@@ -233,6 +242,7 @@ def lab_hosts() -> Iterator[Lab]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         lab.down()
         shutil.rmtree(LAB_DIR, ignore_errors=True)
+        os.close(lock)
 
 
 def on_term(_number: int, _frame: FrameType | None) -> None:
@@ -266,7 +276,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
         return 130
-    except BenchFailed as error:
+    except (BenchFailed, RuntimeFault) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     show(results)

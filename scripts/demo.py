@@ -28,6 +28,7 @@ from rich.table import Table
 
 from migrate.lab.lab import Lab
 from migrate.wiring import ModeName
+from runtime.errors import RuntimeFault
 
 TOP = Path(__file__).resolve().parents[1]
 # Its own place, so that a lab in use on this machine is neither seen nor touched; a fixed one, so that what a killed
@@ -275,7 +276,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("demo: interrupted; everything it had made is gone", file=sys.stderr)
         return 130
-    except DemoFailed as error:
+    except (DemoFailed, RuntimeFault) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     show_summary(moves)
