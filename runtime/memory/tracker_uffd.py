@@ -108,7 +108,10 @@ class UffdTracker:
 
     def close(self) -> None:
         self._facts = self.facts()
-        for pid in list(self._tasks):
+        for pid, task in list(self._tasks.items()):
+            for number in list(task.left_behind):
+                with contextlib.suppress(NotInjected):
+                    self._close_in(pid, number)
             self._forget(pid)
         self._tracer.close()
 

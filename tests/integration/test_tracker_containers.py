@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import random
 import secrets
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +123,10 @@ def test_every_process_is_tracked_though_its_seccomp_filter_forbids_userfaultfd(
     churning.goes_on_and_is_right()
 
 
+def descriptors(pid: int) -> set[str]:
+    return {os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
+
+
 def is_python(pid: int) -> bool:
     return b"churn.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
@@ -142,4 +148,38 @@ def test_a_frozen_container_is_left_alone_and_tracked_once_it_runs_again(contain
         assert tracker.facts().armed >= WORKERS
     finally:
         tracker.close()
+    churning.goes_on_and_is_right()
+
+
+def test_a_container_that_is_frozen_and_thawed_at_any_moment_is_not_harmed(containers: Containers) -> None:
+    churning = Churning(containers)
+    over = threading.Event()
+
+    def freeze_and_thaw() -> None:
+        while not over.wait(random.uniform(0, 0.004)):
+            churning.cgroup.freeze()
+            time.sleep(random.uniform(0, 0.002))
+            churning.cgroup.thaw()
+
+    thread = threading.Thread(target=freeze_and_thaw)
+    thread.start()
+    armed = 0
+    try:
+        end = time.monotonic() + 4
+        while time.monotonic() < end:
+            tracker = UffdTracker()
+            try:
+                tracker.arm(churning.cgroup.pids())
+                tracker.scan(churning.cgroup.pids())
+                armed += tracker.facts().armed
+            finally:
+                tracker.close()
+    finally:
+        over.set()
+        thread.join()
+    assert armed > 0
+    churning.cgroup.freeze()
+    held = {pid: descriptors(pid) & {"anon_inode:[userfaultfd]"} for pid in churning.cgroup.pids()}
+    assert not any(held.values())
+    churning.cgroup.thaw()
     churning.goes_on_and_is_right()
