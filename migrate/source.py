@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from migrate import messages
 from migrate.costs import FixedCosts
 from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack, name_peer
-from migrate.guards import garbage_collector_off, signals_ignored
+from migrate.guards import CallOff, garbage_collector_off, signals_ignored
 from migrate.journal import Journal
 from migrate.links import Session
 from migrate.machine import JOURNALED, Action, Event, Phase, step
@@ -91,6 +91,7 @@ class SourceMove:
         self._live: LiveMemory | None = None
         self._filter: PageFilter | None = None
         self._undo = ExitStack()
+        self._call_off = CallOff()
         self._budget = budget
         self.clock = PhaseClock()
         self.rounds = 0
@@ -128,10 +129,10 @@ class SourceMove:
     def run(self) -> None:
         """Returns with the container on the target; raises RolledBack (it runs here), or InDoubt."""
         try:
-            with garbage_collector_off():
+            with garbage_collector_off(), self._call_off.noticed():
                 self._go()
         except BaseException as error:
-            self._fail(error)
+            self._fail(KeyboardInterrupt() if self._call_off.asked else error)
         finally:
             self._journal.close()
             self._closing.close()
@@ -175,7 +176,9 @@ class SourceMove:
             raise InDoubt.after_commit(self._move_id, error) from error
         if self._phase is Phase.INIT:
             raise error
-        self._on(_event_of(error))
+        # A second Ctrl-C must not leave the container as the first one found it: frozen.
+        with signals_ignored():
+            self._on(_event_of(error))
         if isinstance(error, (KeyboardInterrupt, MoveRefused)):
             raise error
         raise RolledBack.because(error) from error

@@ -53,7 +53,6 @@ class HeldDump:
         self._network = ContainerNetwork(containers.host, container.id)
         self._session: CriuSession | None = None
         self._frozen = False
-        self._held = False
         self.mounts: tuple[ExternalMount, ...] = ()
         self.pipes: tuple[int, int] = (0, 0)
         self.marks: dict[str, float] = {}
@@ -143,7 +142,6 @@ class HeldDump:
             self.marks["scanned"] = time.monotonic()
         session.acknowledge()
         self._advance_to("post-dump", DUMP_TIMEOUT_S)
-        self._held = True
         self.marks["dumped"] = time.monotonic()
         # CRIU thawed the group after seizing its tasks. From now on nothing runs, whoever dies.
         self._cgroup.freeze(FREEZE_TIMEOUT_S)
@@ -155,7 +153,6 @@ class HeldDump:
             ask_monitor(self._containers.host, self.container.id, "release")
         session = self._active()
         session.acknowledge()
-        self._held = False
         with contextlib.suppress(CriuFailed):
             self._until_response(session, FINISH_TIMEOUT_S)
         # Nothing is left to thaw or to connect: a rollback from here on does nothing.
@@ -167,7 +164,6 @@ class HeldDump:
         """After a dump with ``leave_running``: accept it, and let the container run on."""
         session = self._active()
         session.acknowledge()
-        self._held = False
         self._until_response(session, FINISH_TIMEOUT_S)
         self._thaw()
         self.close()
@@ -176,10 +172,9 @@ class HeldDump:
         """The container runs on, with its network; safe at any moment before ``finish`` and when called twice."""
         if self._session is not None:
             with contextlib.suppress(CriuFailed, OSError):
-                if self._held or "freeze" not in self.marks:
-                    self._session.acknowledge(False)
-                self._held = False
-                self._until_response(self._session, FINISH_TIMEOUT_S)
+                # CRIU waits for an answer, or will ask once more before it kills anything: then it finds this one.
+                self._session.acknowledge(False)
+                self._until_response(self._session, FINISH_TIMEOUT_S, answer=False)
         self._thaw()
         self.close()
 
@@ -214,12 +209,12 @@ class HeldDump:
                 return
             session.acknowledge()
 
-    def _until_response(self, session: CriuSession, timeout_s: float) -> Any:
+    def _until_response(self, session: CriuSession, timeout_s: float, *, answer: bool = True) -> Any:
         while True:
             event = session.next_event(timeout_s)
             if event.type != rpc.NOTIFY:
                 return event
-            session.acknowledge()
+            session.acknowledge(answer)
 
     def _log_text(self) -> str:
         texts = []

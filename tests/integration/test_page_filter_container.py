@@ -2,10 +2,6 @@
 
 import contextlib
 import os
-import secrets
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +14,10 @@ from runtime.criu.dump import HeldDump
 from runtime.criu.filter.build import build_filter
 from runtime.criu.filter.table import PageFilter
 from runtime.criu.pages import PageServer, RunReader, SpaceId, page_socketpair
-from runtime.host import HostConfig
 from runtime.linux.pagemap import Pagemap
 from runtime.memory.ranges import EMPTY, PageRanges
 from runtime.specify import new_spec
+from tests.support.containers import one_host
 from tests.support.tasks import PATIENCE_S, wait_for
 
 MIB = 1 << 20
@@ -44,25 +40,8 @@ while True:
 
 @pytest.fixture
 def containers() -> Iterator[Containers]:
-    name = f"cmigrate-test-{secrets.token_hex(3)}"
-    run_dir = Path("/run") / name
-    run_dir.mkdir()
-    # An overlay's upper layer can not lie on an overlay, which /tmp may be.
-    with tempfile.TemporaryDirectory(dir="/var/lib/cmigrate") as state:
-        host = HostConfig(name="here", state_dir=Path(state), run_dir=run_dir, cgroup_parent=name, bridge="cmpf0")
-        found = Containers(host)
-        try:
-            yield found
-        finally:
-            for container in found.list():
-                found.remove(container.id, force=True)
-            # Monitors are children of the process that started them: here, of this one.
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, 0):
-                    pass
-            subprocess.run(["ip", "link", "delete", "cmpf0"], capture_output=True, timeout=10, check=False)
-            subprocess.run(["nft", "delete", "table", "ip", "cmigrate"], capture_output=True, timeout=10, check=False)
-            shutil.rmtree(run_dir)
+    with one_host("cmpf0") as found:
+        yield found
 
 
 class Arrived:

@@ -1,11 +1,7 @@
 """Containers restored with their memory still in the stores: user namespace, threads, forks, and the pager's death."""
 
-import contextlib
 import os
-import secrets
-import shutil
 import signal
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +15,10 @@ from runtime.criu.lazy_images import write_lazy_images
 from runtime.criu.pages import SpaceId
 from runtime.criu.restore import HeldRestore
 from runtime.errors import CriuFailed
-from runtime.host import HostConfig
 from runtime.memory.lazy import SYSCTL
 from runtime.memory.pager import Pager, PagerDied
 from runtime.specify import new_spec
+from tests.support.containers import one_host
 from tests.support.lazy import CHURN, CRIU, StoreServer, ToStores, churn_goes_on_and_is_right
 from tests.support.tasks import PATIENCE_S, wait_for
 
@@ -30,26 +26,9 @@ WORKERS = 3
 
 
 @pytest.fixture
-def containers(tmp_path: Path) -> Iterator[Containers]:
-    name = f"cmigrate-test-{secrets.token_hex(3)}"
-    run_dir = Path("/run") / name
-    run_dir.mkdir()
-    # An overlay's upper layer can not lie on an overlay, which /tmp may be.
-    with tempfile.TemporaryDirectory(dir="/var/lib/cmigrate") as state:
-        host = HostConfig(name="here", state_dir=Path(state), run_dir=run_dir, cgroup_parent=name, bridge="cmpg0")
-        found = Containers(host)
-        try:
-            yield found
-        finally:
-            for container in found.list():
-                found.remove(container.id, force=True)
-            # Monitors are children of the process that started them: here, of this one.
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, 0):
-                    pass
-            subprocess.run(["ip", "link", "delete", "cmpg0"], capture_output=True, timeout=10, check=False)
-            subprocess.run(["nft", "delete", "table", "ip", "cmigrate"], capture_output=True, timeout=10, check=False)
-            shutil.rmtree(run_dir)
+def containers() -> Iterator[Containers]:
+    with one_host("cmpg0") as found:
+        yield found
 
 
 @pytest.fixture
@@ -65,13 +44,13 @@ class Moved:
         self.containers = containers
         # As text: the checkout may lie where a container does not see the host.
         program = ["-I", "-S", "-B", "-c", CHURN.read_text()]
-        argv = [os.path.realpath("/usr/bin/python3"), *program, "/", str(mib), str(WORKERS)]
+        argv = [os.path.realpath("/usr/bin/python3"), *program, "/churn", str(mib), str(WORKERS)]
         spec = new_spec(containers, argv=argv, name="web1", rootfs="host", network=False)
         self.container: Container = containers.run(spec)
         self.directory = containers.store.directory(spec.id)
         log = containers.log_path("web1")
         try:
-            wait_for((self.directory / "upper/ready").exists, "the workload to be ready")
+            wait_for((self.directory / "upper/churn/ready").exists, "the workload to be ready")
         except AssertionError as error:
             error.add_note(log.read_text() if log.exists() else "no log")
             raise
@@ -80,7 +59,7 @@ class Moved:
     @property
     def root(self) -> Path:
         """As its processes see it; what is written beside them into the upper layer they need not see."""
-        return Path(f"/proc/{self.containers.get('web1').state.init_pid}/root")
+        return Path(f"/proc/{self.containers.get('web1').state.init_pid}/root/churn")
 
     def dump(self, images: Path) -> HeldDump:
         dump = HeldDump(self.containers, self.containers.get("web1"), CRIU, images)
@@ -144,14 +123,14 @@ def test_when_the_pager_is_killed_the_container_is_killed_and_it_is_said(contain
     assert "signal 9" in (moved.directory / "pager.json").read_text()
     wait_for(lambda: containers.get("web1").state.status == Status.EXITED, "the container to be recorded as exited")
     # Nobody has seen a page of zeros that was none.
-    assert not (moved.directory / "upper/wrong").exists()
+    assert not (moved.directory / "upper/churn/wrong").exists()
 
 
 def test_a_pager_killed_before_the_release_lets_no_instruction_run(containers: Containers, images: Path) -> None:
     moved = Moved(containers, 64)
     churn_goes_on_and_is_right(moved.root, WORKERS)
     dump = moved.dump(images)
-    steps = [(moved.directory / "upper" / str(number)).read_text() for number in range(WORKERS)]
+    steps = [(moved.directory / "upper/churn" / str(number)).read_text() for number in range(WORKERS)]
 
     def kill(pager: Pager) -> None:
         os.kill(pager.pid, signal.SIGKILL)
@@ -160,7 +139,7 @@ def test_a_pager_killed_before_the_release_lets_no_instruction_run(containers: C
 
     with pytest.raises(CriuFailed):
         moved.restore(dump, images, kill)
-    assert [(moved.directory / "upper" / str(number)).read_text() for number in range(WORKERS)] == steps
+    assert [(moved.directory / "upper/churn" / str(number)).read_text() for number in range(WORKERS)] == steps
 
 
 def test_a_discarded_restore_leaves_no_pager(containers: Containers, images: Path) -> None:

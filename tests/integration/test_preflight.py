@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import os
-import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,8 +23,8 @@ from runtime.criu.binary import find_criu
 from runtime.criu.dump import HeldDump
 from runtime.errors import CriuFailed
 from runtime.execute import execute
-from runtime.host import HostConfig
 from runtime.specify import new_spec
+from tests.support.containers import one_host
 
 READY_TIMEOUT_S = 20.0
 PRELUDE = """
@@ -74,31 +72,8 @@ REFUSED = {
 
 @pytest.fixture
 def containers(tmp_path: Path) -> Iterator[Containers]:
-    """A host of its own: state on a disk, run directory on a tmpfs."""
-    run_dir = Path(tempfile.mkdtemp(prefix="cmigrate-run-", dir="/dev/shm"))
-    host = HostConfig(
-        name="here",
-        config_dir=tmp_path / "etc",
-        state_dir=tmp_path / "state",
-        run_dir=run_dir,
-        cgroup_parent=f"cmigrate-preflight-{os.getpid()}",
-        bridge="cmpf0",
-        subnet="10.99.0.0/16",
-        gateway="10.99.0.1",
-    )
-    found = Containers(host)
-    try:
+    with one_host("cmpf0", config_dir=tmp_path / "etc", subnet="10.99.0.0/16", gateway="10.99.0.1") as found:
         yield found
-    finally:
-        for container in found.list():
-            found.remove(container.id, force=True)
-        # Monitors are children of the process that started them: here, of this one.
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, 0):
-                pass
-        subprocess.run(["ip", "link", "delete", "cmpf0"], capture_output=True, timeout=10, check=False)
-        subprocess.run(["nft", "delete", "table", "ip", "cmigrate"], capture_output=True, timeout=10, check=False)
-        shutil.rmtree(run_dir)
 
 
 def start(containers: Containers, program: str, **fields: Any) -> Container:

@@ -1,11 +1,7 @@
 """Containers that are tracked: confined by seccomp, in a user namespace of their own, and busy while it happens."""
 
-import contextlib
 import os
 import random
-import secrets
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,12 +11,11 @@ import pytest
 
 from runtime.api import Container
 from runtime.container import Containers
-from runtime.host import HostConfig
 from runtime.memory.api import DirtyTracker
 from runtime.memory.tracker_hash import HashTracker
 from runtime.memory.tracker_uffd import UffdTracker
-from runtime.network import ensure_bridge
 from runtime.specify import new_spec
+from tests.support.containers import one_host
 from tests.support.mapper import Copies
 from tests.support.tasks import wait_for
 
@@ -28,37 +23,10 @@ CHURN = Path(__file__).resolve().parents[1] / "workloads" / "churn.py"
 MIB, WORKERS = 6, 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def bridge() -> Iterator[None]:
-    """It stays on a host that once ran a container, so it is no test's."""
-    host = HostConfig(name="here")
-    known = Path(f"/sys/class/net/{host.bridge}").exists()
-    ensure_bridge(host)
-    yield
-    if not known:
-        subprocess.run(["ip", "link", "del", host.bridge], check=True, timeout=10)
-        subprocess.run(["nft", "delete", "table", "ip", "cmigrate"], check=True, timeout=10)
-
-
 @pytest.fixture
-def containers(tmp_path: Path) -> Iterator[Containers]:
-    name = f"cmigrate-test-{secrets.token_hex(3)}"
-    run_dir = Path("/run") / name
-    run_dir.mkdir()
-    # An overlay's upper layer can not lie on an overlay, which /tmp may be.
-    with tempfile.TemporaryDirectory(dir="/var/lib/cmigrate") as state:
-        host = HostConfig(name="here", state_dir=Path(state), run_dir=run_dir, cgroup_parent=name)
-        found = Containers(host)
-        try:
-            yield found
-        finally:
-            for container in found.list():
-                found.remove(container.id, force=True)
-            # Monitors are children of the process that started them: here, of this one.
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, 0):
-                    pass
-            run_dir.rmdir()
+def containers() -> Iterator[Containers]:
+    with one_host("cmtr0") as found:
+        yield found
 
 
 class Churning:
@@ -67,10 +35,10 @@ class Churning:
     def __init__(self, containers: Containers) -> None:
         # As text: the checkout may lie where a container does not see the host.
         program = ["-I", "-S", "-B", "-c", CHURN.read_text()]
-        argv = [os.path.realpath("/usr/bin/python3"), *program, "/", str(MIB), str(WORKERS)]
+        argv = [os.path.realpath("/usr/bin/python3"), *program, "/churn", str(MIB), str(WORKERS)]
         self.container: Container = containers.run(new_spec(containers, argv=argv, rootfs="host", network=False))
         self.cgroup = containers.cgroup(self.container.id)
-        self._upper = containers.store.directory(self.container.id) / "upper"
+        self._upper = containers.store.directory(self.container.id) / "upper/churn"
         wait_for(lambda: all((self._upper / str(n)).exists() for n in range(WORKERS)), "the workload to be busy")
 
     def steps(self) -> list[int]:

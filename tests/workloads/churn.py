@@ -3,9 +3,9 @@
     python3 churn.py DIRECTORY MIB WORKERS
 
 Each worker (the first process is one) has MIB in blocks; a page holds its own number and how often it was written, at
-both ends, or zeros. Before every change a page is looked at. DIRECTORY/<number> holds how many steps a worker did; what
-is wrong goes to DIRECTORY/wrong. When the word in DIRECTORY/check changes, each looks at every page once and appends
-that word and its number to DIRECTORY/checked; DIRECTORY/ready holds the pids.
+both ends, or zeros. Before every change a page is looked at. DIRECTORY is made where it is missing. There <number>
+holds how many steps a worker did; what is wrong goes to wrong. When the word in check changes, each looks at every page
+once and appends that word and its number to checked; ready holds the pids.
 """
 
 import ctypes
@@ -203,5 +203,6 @@ def main() -> None:
 
 
 DIRECTORY = Path(sys.argv[1])
+DIRECTORY.mkdir(exist_ok=True)
 if __name__ == "__main__":
     main()
