@@ -18,7 +18,7 @@ from runtime.linux import faults
 from runtime.linux.faults import PAGE_BYTES, FaultMessage, NotRegistered, ProcessGone, TryAgain
 from runtime.linux.files import punch_hole
 from runtime.memory.segments import Segments
-from runtime.memory.sparse import next_run
+from runtime.memory.sparse import KnownRuns
 
 # What is filled at a time when nobody waits, and when somebody waited just now: the next fault waits at most this long.
 FILL_BYTES = 1 << 20
@@ -55,6 +55,8 @@ class StoreFile:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.users = 0
+        self.runs = KnownRuns(fd)
+        """Of what is left in somebody's segments: what was consumed is in nobody's."""
 
     def take(self) -> None:
         self.users += 1
@@ -157,14 +159,14 @@ class Filling:
         shift = segment.offset - segment.start
         low = max(segment.start, address & -AROUND_BYTES)
         high = min(segment.end, (address & -AROUND_BYTES) + AROUND_BYTES)
-        run = next_run(self._store.fd, address + shift, high + shift)
+        run = self._store.runs.next(address + shift, high + shift)
         if run is None or run[0] != address + shift:
             return 0
         try:
             done = self._copy(address, run[0], run[1])
         except NotRegistered:
             done = self._copy(address, run[0], PAGE_BYTES)  # as in _fill_page
-        before = next_run(self._store.fd, low + shift, address + shift) if done else None
+        before = self._store.runs.next(low + shift, address + shift) if done else None
         if before is not None:
             with contextlib.suppress(TryAgain, NotRegistered):
                 done += self._copy(before[0] - shift, *before)
@@ -208,7 +210,7 @@ class Filling:
         if segment is None:
             return False
         shift = segment.offset - segment.start
-        run = next_run(self._store.fd, segment.offset, segment.end + shift)
+        run = self._store.runs.next(segment.offset, segment.end + shift)
         if run is None:
             self._segments.cut(segment.start, segment.end)
             return True

@@ -22,12 +22,38 @@ def data_runs(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 def next_run(fd: int, start: int, end: int) -> tuple[int, int] | None:
     """(offset, size in bytes) of the first stretch of data between two offsets, if there is any."""
-    try:
-        first = os.lseek(fd, start, os.SEEK_DATA)
-        if first >= end:
+    return KnownRuns(fd).next(start, end)
+
+
+class KnownRuns:
+    """``next_run`` of one file, which remembers: the kernel walks a run page by page to find its end, a millisecond
+    for 200 MiB, and a program that faults again and again would wait for that every time.
+
+    Only for callers that never ask for what was punched since, because a remembered run has no holes.
+    """
+
+    REMEMBERED = 16
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._known: list[tuple[int, int]] = []
+
+    def next(self, start: int, end: int) -> tuple[int, int] | None:
+        """(offset, size in bytes) of the first stretch of data between two offsets, if there is any."""
+        if start >= end:
             return None
-        return first, min(os.lseek(fd, first, os.SEEK_HOLE), end) - first
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # nothing from here on
-            return None
-        raise
+        for first, last in self._known:
+            if first <= start < last:
+                return start, min(last, end) - start
+        try:
+            first = os.lseek(self._fd, start, os.SEEK_DATA)
+            if first >= end:
+                return None
+            last = os.lseek(self._fd, first, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing from here on
+                return None
+            raise
+        self._known.insert(0, (first, last))
+        del self._known[self.REMEMBERED :]
+        return first, min(last, end) - first
