@@ -1,7 +1,6 @@
-"""The container's memory as it arrives: straight into image files, or into stores that a pager serves from.
+"""The container's memory as it arrives, on its way into stores that a pager serves from.
 
-A source without pre-copy names and sends each page once, in CRIU's order: ``ImagePages``. With pre-copy pages come at
-any address, again and again, and at the end CRIU's order says which of them exist: ``StorePages``.
+Pages come at any address, again and again; at the end CRIU's order says which of them exist.
 """
 
 from __future__ import annotations
@@ -50,26 +49,22 @@ class PageSink(Protocol):
     def close(self) -> None: ...
 
 
-class ImagePages:
-    """Each page goes once from the channel to its place in an image file."""
-
-    def __init__(self, images: Path, criu_version: tuple[int, int, int]) -> None:
-        self._writer = PageImageWriter(images, criu_version)
+class NoPages:
+    """Where image files hold them."""
 
     def open(self, space: SpaceId) -> None:
-        self._writer.open(space)
+        raise ProtocolViolation("pages came, and in this mode image files hold them")
 
     def pages(self, space: SpaceId, runs: Sequence[Run], receive: Receive) -> None:
-        with self._writer.reserve(space, runs) as view:
-            receive(view)
+        self.open(space)
 
     def memory(
         self, pid: int, runs: Sequence[tuple[int, int]], zeros: Sequence[tuple[int, int]], receive: Receive
     ) -> None:
-        raise ProtocolViolation("memory of a running container came, and the mode has no pre-copy")
+        self.open(SpaceId("task", pid))
 
     def finish(self) -> None:
-        self._writer.finish()
+        pass
 
     def close(self) -> None:
         pass

@@ -31,5 +31,7 @@ class PhaseClock:
         return any(name == known for known, _moment in self._marks)
 
     def phases(self, end: float) -> list[tuple[str, float]]:
-        moments = [*[moment for _name, moment in self._marks], end]
-        return [(name, (after - moment) * 1000) for (name, moment), after in zip(self._marks, moments[1:], strict=True)]
+        """What began before ``end``."""
+        marks = [mark for mark in self._marks if mark[1] < end]
+        moments = [*[moment for _name, moment in marks], end]
+        return [(name, (after - moment) * 1000) for (name, moment), after in zip(marks, moments[1:], strict=True)]

@@ -22,7 +22,7 @@ from migrate.links import Session
 from migrate.machine import JOURNALED, Action, Event, Phase, step
 from migrate.memory_source import DifferenceSender, LiveMemory, PageThread
 from migrate.observe import Held, PhaseEnded, PhaseStarted, Progress, Warning
-from migrate.outgoing import Outgoing, PageSender
+from migrate.outgoing import Outgoing
 from migrate.phases import PhaseClock
 from migrate.precopy import Budget, Decision, Kind, Precopy, Round
 from runtime.api import Container, Status
@@ -36,6 +36,7 @@ from runtime.errors import CriuFailed, MissingFeature
 from runtime.host import HostConfig
 from runtime.linux.procfs import parse_shared_writable
 from runtime.memory.tracker import make_tracker
+from runtime.memory.tracker_still import StillTracker
 from runtime.tree import SentContent, Snapshot, compare, scan
 from runtime.workdir import WorkDirectory
 from transport.api import Deadline, Frame, TransportError
@@ -217,13 +218,10 @@ class SourceMove:
         self._undo.callback(ours.close)
         with theirs:
             self._dump.prepare(page_socket=theirs, page_filter=self._filter)
-        if self._mode == "precopy":
-            self._live = LiveMemory(self._cgroup.pids, self._out, make_tracker())
-            self._undo.callback(self._live.close)
-            sender: PageSender = DifferenceSender(self._out, self._live)
-        else:
-            sender = PageSender(self._out)
-        self._pages = PageThread(ours, self._criu.version, sender)
+        tracker = make_tracker() if self._mode == "precopy" else StillTracker()
+        self._live = LiveMemory(self._cgroup.pids, self._out, tracker)
+        self._undo.callback(self._live.close)
+        self._pages = PageThread(ours, self._criu.version, DifferenceSender(self._out, self._live))
 
     def _load_filter(self) -> PageFilter | None:
         """Optional: without a compiler CRIU walks all memory, and dumps connection tracking that nobody restores."""
@@ -256,7 +254,7 @@ class SourceMove:
         for number in range(len(self._trees)):
             self._send_tree(number)
         self._out.log(self._log)
-        if self._live is not None:
+        if self._live is not None and self._mode == "precopy":
             self._mark("rounds")
             self._copy_memory(self._live)
 
@@ -316,14 +314,19 @@ class SourceMove:
         self._send(messages.Frozen(move_id=self._move_id))
         self._hear(messages.Holding)
         self._dump.cut_off()
-        self._mark("dump")
-        if self._pages is not None:
-            self._pages.start()
-        if self._pages is None:
+        if self._live is None or self._pages is None:
+            self._mark("dump")
             self._dump.dump()
             return
+        self._mark("memory")
+        # Our reader is several times faster than CRIU's way through pipes, which is left with what changes until CRIU
+        # has seized the tasks: a system call that sleeps in the freezer goes on to its end then.
+        self._live.scan()
+        self._live.send()
+        self._mark("dump")
+        self._pages.start()
         try:
-            self._dump.dump(before_walk=self._finish_live if self._live is not None else None)
+            self._dump.dump(before_walk=self._finish_live)
         except CriuFailed as error:
             # Where the channel broke CRIU only saw its page server refuse: the channel's error is the cause.
             cause = self._pages.wait()
@@ -352,6 +355,8 @@ class SourceMove:
     def _kill_copy(self) -> None:
         """The copy here is dead weight: kill it, remove what is left of it."""
         self._dump.finish()
+        if self._live is not None:
+            self._live.close()
         self._undo.pop_all()
         self._work.close()
         self._containers.clean_up(self._container.id)

@@ -16,7 +16,7 @@ from migrate import messages
 from migrate.errors import MoveRefused, describe
 from migrate.incoming import Incoming
 from migrate.journal import Journal
-from migrate.memory_target import ImagePages, PageSink, StorePages
+from migrate.memory_target import NoPages, PageSink, StorePages
 from migrate.report import report_from_json
 from migrate.reports import ReportStore
 from migrate.session import Asked, package_version
@@ -38,7 +38,6 @@ DONE_TIMEOUT_S = 60.0
 DRAIN_TIMEOUT_S = 60.0
 # Memory fills at a gigabyte a second and more, whatever else the host does.
 FILL_TIMEOUT_S = 3600.0
-LAZY_MODES = ("precopy",)
 
 M = TypeVar("M", bound=messages.Message)
 
@@ -161,8 +160,8 @@ class TargetMove:
         )
 
     def _page_sink(self) -> PageSink:
-        if self._offer.mode not in LAZY_MODES:
-            return ImagePages(self._work.path, self._criu.version)
+        if self._offer.mode == "stopcopy":
+            return NoPages()
         # Started now: in the blackout it only has to be told where the pages are.
         self._pager = Pager(self._containers.cgroup(self._spec.id).paths(), record=self._directory / "pager-died.json")
         self._stores = StorePages(self._work.path, self._criu.version, self._pager)
@@ -191,8 +190,6 @@ class TargetMove:
             raise MoveRefused("COMMIT came for another move")
         self._on(Event.COMMIT)
         self._on(Event.RELEASED)
-        if self._lazy_pager is not None:
-            self._lazy_pager.begin_filling()
         self._restore.settle()
         self._wait_for_done()
         self._become_complete()
@@ -229,6 +226,8 @@ class TargetMove:
     def _release(self) -> None:
         assert self._state is not None
         state = self._restore.release(started_at=self._state.started_at, restarts=self._state.restarts)
+        if self._lazy_pager is not None:
+            self._lazy_pager.begin_filling()
         marks = self._restore.marks
         self._running = messages.Running(
             move_id=self._offer.move_id,

@@ -236,7 +236,7 @@ def _moved(course: _Course, source: SourceMove) -> MoveReport:
         total_ms=(running_at - course.begin) * 1000,
         blackout_ms=(running_at - clock.at("freeze")) * 1000,
         sent_bytes=SentBytes(images=sent["images"], pages=sent["pages"], files=sent["files"], control=sent["control"]),
-        phases=tuple(PhaseTime(name=name, ms=ms) for name, ms in clock.phases(running_at) if name != "finish"),
+        phases=tuple(PhaseTime(name=name, ms=ms) for name, ms in clock.phases(running_at)),
     )
 
 

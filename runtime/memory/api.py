@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from runtime.memory.ranges import EMPTY, PageRanges
 
-TrackerKind = Literal["uffd-wp", "hash"]
+TrackerKind = Literal["uffd-wp", "hash", "still"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,8 +117,12 @@ class Pager:
         self._expect("listening", ANSWER_TIMEOUT_S)
 
     def begin_filling(self) -> None:
-        """The restore is held at its end (post-restore): memory may be filled while nothing runs yet."""
-        self._tell("fill")
+        """The restore is held at its end (post-restore), or released: fill what nobody asks for as well.
+
+        Where all memory was asked for already the pager is done; what became of it ``wait`` tells.
+        """
+        with contextlib.suppress(PagerDied):
+            self._tell("fill")
 
     def report(self) -> PagerReport:
         """How far it is. Raises PagerDied."""

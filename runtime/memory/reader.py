@@ -20,6 +20,7 @@ import numpy
 from runtime.criu.pages import nonzero_runs
 from runtime.errors import KernelCallFailed
 from runtime.memory.digests import MemoryDigest
+from runtime.memory.ranges import PageRanges
 
 PAGE_BYTES = 4096
 # UIO_MAXIOV of linux/uio.h, and MAX_RW_COUNT of linux/fs.h rounded down.
@@ -133,13 +134,14 @@ class MemoryReader:
     ) -> Iterator[tuple[list[Range], memoryview, list[Range]]]:
         """Read the ranges a bufferful at a time: (filled ranges, their bytes in the buffer, ranges that are zeros).
 
-        Zeros are pages all zero and pages that cannot be read. The bytes are packed, in order, and good until the next.
+        Pages that cannot be read are in neither. The bytes are packed, in order, and good until the next.
         """
         for batch in _batches(ranges, len(buffer)):
             length = sum(size for _address, size in batch)
             view = buffer[:length]
-            self.read_into(batch, view)
-            yield _without_zeros(batch, view)
+            unreadable = self.read_into(batch, view)
+            filled, packed, zeros = _without_zeros(batch, view)
+            yield filled, packed, _without(zeros, unreadable) if unreadable else zeros
 
 
 def _without_zeros(batch: list[Range], view: memoryview) -> tuple[list[Range], memoryview, list[Range]]:
@@ -172,6 +174,15 @@ def _without_zeros(batch: list[Range], view: memoryview) -> tuple[list[Range], m
             view[end : end + length] = view[position : position + length]
         end += length
     return filled, view[:end], zeros
+
+
+def _without(ranges: list[Range], others: list[Range]) -> list[Range]:
+    left = _page_ranges(ranges) - _page_ranges(others)
+    return [(start, end - start) for start, end in left.spans()]
+
+
+def _page_ranges(ranges: list[Range]) -> PageRanges:
+    return PageRanges.from_spans((address, address + size) for address, size in ranges)
 
 
 def _address_of(view: memoryview) -> int:

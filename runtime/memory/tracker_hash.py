@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
-
-from runtime.linux.pagemap import Bounds, Pagemap
 from runtime.linux.probes import has_pagemap_scan
 from runtime.memory.api import ProcessScan, Scan, Segment, TrackerFacts, Untracked
+from runtime.memory.existing import existing_pages, private_mappings
 from runtime.memory.hashes import READ_BYTES, Comparer
-from runtime.memory.maps import Kind, Mapping, parse_details
 from runtime.memory.ranges import EMPTY, PageRanges
 from runtime.memory.shared import SharedMemory
 from runtime.memory.tasks import AddressSpace, owner_of_memory, read_address_space, start_ticks
-from runtime.memory.watched import PRIVATE
 
 
 @dataclass(kw_only=True)
@@ -98,10 +93,10 @@ class HashTracker:
     def _scan_process(self, pid: int, task: _Task, space: AddressSpace) -> ProcessScan:
         if other := owner_of_memory(pid, self._tasks):
             return ProcessScan(pid=pid, shares_memory_with=other)
-        private = [mapping for mapping in space.mappings if mapping.kind in PRIVATE]
+        private = private_mappings(space)
         mapped = PageRanges.from_spans((mapping.start, mapping.end) for mapping in private)
         vanished, task.mapped = task.mapped - mapped, mapped
-        existing = self._existing(space, private)
+        existing = existing_pages(space, private, use_scan=self._use_scan)
         try:
             with open(f"/proc/{space.tid}/mem", "rb", buffering=0) as memory:
                 dirty = task.comparer.differing(memory.fileno(), existing, self._buffer)
@@ -110,23 +105,3 @@ class HashTracker:
             untracked = (Untracked(ranges=existing, reason=reason),)
             return ProcessScan(pid=pid, existing=existing, untracked=untracked, vanished=vanished, reason=reason)
         return ProcessScan(pid=pid, existing=existing, dirty=dirty, vanished=vanished)
-
-    def _existing(self, space: AddressSpace, private: Sequence[Mapping]) -> PageRanges:
-        if not self._use_scan:
-            private = _populated(space.tid, private)
-        found: list[Bounds] = [EMPTY.bounds]
-        with Pagemap(space.tid) as pagemap:
-            for mapping in private:
-                if self._use_scan:
-                    of_files = mapping.kind == Kind.PRIVATE_FILE
-                    found.append(pagemap.own_pages(mapping.start, mapping.end, of_files=of_files))
-                else:
-                    found.append(pagemap.own_pages_by_entry(mapping.start, mapping.end))
-        return PageRanges.of(np.concatenate(found))
-
-
-def _populated(tid: int, private: Sequence[Mapping]) -> list[Mapping]:
-    """Mappings that hold pages at all: an arena of many GiB with nothing in it is not to be read page by page."""
-    details = parse_details(Path(f"/proc/{tid}/smaps").read_text())
-    held = {each.mapping.start for each in details if each.resident_bytes or each.swapped_bytes}
-    return [mapping for mapping in private if mapping.start in held]

@@ -30,7 +30,7 @@ NAME = "counter"
 
 @pytest.fixture
 def counter(two_hosts: TwoHosts) -> Iterator[TwoHosts]:
-    two_hosts.cmigrate("host1", "run", "-d", "--name", NAME, "--rootfs", "host", "--", "python3", "-uc", COUNTER)
+    two_hosts.cmigrate("host1", "run", "-d", "--name", NAME, "--rootfs", "host", "--", "python3", "-c", COUNTER)
     wait_for_lines(two_hosts, "host1", 3)
     try:
         yield two_hosts
