@@ -5,7 +5,7 @@ Pages come at any address, again and again; at the end CRIU's order says which o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +25,9 @@ Receive = Callable[[memoryview], None]
 """Fills the memory with what comes next on the channel."""
 MAX_SPACES = 1 << 16
 COPY_PAGES = 1024
+# Filled before everything else: what changed last, and mappings no larger than this (stacks, the data of libraries).
+SMALL_MAPPING_BYTES = 256 << 10
+MAX_HOT_RANGES = 4096
 
 
 class PageSink(Protocol):
@@ -83,6 +86,8 @@ class StorePages:
         self._pager = pager
         self._stores: dict[SpaceId, Store] = {}
         self._runs: dict[SpaceId, list[Run]] = {}
+        self._last: dict[SpaceId, list[tuple[int, int]]] = {}
+        """Address spaces' pages that came after the freeze: who changed them was at work with them."""
         self.lazy = False
 
     def open(self, space: SpaceId) -> None:
@@ -111,6 +116,7 @@ class StorePages:
             raise ProtocolViolation(f"pages of {space} came before it was named")
         known.extend((address, pages, flags & ~HELD_FLAG) for address, pages, flags in runs)
         sent = [(address, pages) for address, pages, flags in runs if not flags & HELD_FLAG]
+        self._last.setdefault(space, []).extend(sent)
         self._write(self._stores[space], sent, receive)
 
     @staticmethod
@@ -165,7 +171,9 @@ class StorePages:
             eager[space] = [(start, end) for start, end, flags in spans if not flags & PE_LAZY]
         named = {space: store for space, store in self._stores.items() if space in self._runs}
         for lazy in write_lazy_images(self._images, self._criu_version, named, eager=eager):
-            self._pager.add_space(lazy.vpid, named[SpaceId("task", lazy.vpid)], lazy.spans)
+            space = SpaceId("task", lazy.vpid)
+            hot = _hot(self._last.get(space, ()), lazy.spans)
+            self._pager.add_space(lazy.vpid, named[space], lazy.spans, hot)
         self._pager.listen(self._images)
         self._close_stores()
 
@@ -177,6 +185,13 @@ class StorePages:
 
     def close(self) -> None:
         self._close_stores()
+
+
+def _hot(last: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(start, end) of what a program will touch first when it runs again: a fault costs it more than a copy."""
+    changed = [(address, address + pages * PAGE_BYTES) for address, pages in last]
+    small = [(start, end) for start, end in spans if end - start <= SMALL_MAPPING_BYTES]
+    return [*changed, *small][:MAX_HOT_RANGES]
 
 
 def _batches(runs: Sequence[Run]) -> list[list[Run]]:
