@@ -42,6 +42,7 @@ class PacketHold:
         self._link = link_name(container_id)
         self._network = network
         self._tap = -1
+        self._sender: socket.socket | None = None
         self._netlink: IPRoute | None = None
         self._tap_index = self._bridge_index = 0
         self.handed_over = 0
@@ -58,6 +59,7 @@ class PacketHold:
         # The tap itself must not speak: no router solicitations from a device that is somebody else's voice.
         with contextlib.suppress(OSError):
             Path(f"/proc/sys/net/ipv6/conf/{self._name}/disable_ipv6").write_text("1")
+        self._sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC)
         self._netlink = netlink = IPRoute()
         self._tap_index = netlink.link_lookup(ifname=self._name)[0]
         self._bridge_index = netlink.link_lookup(ifname=self._bridge)[0]
@@ -73,19 +75,18 @@ class PacketHold:
     def hand_over(self) -> None:
         """Send what waited into the container's link, which is on the bridge and announced by now.
 
-        The tap stays until ``close``: taking a device down costs tens of milliseconds of blackout.
+        Tap and socket stay until ``close``: taking a device down, and closing a packet socket, wait until every
+        processor has passed by, which costs ten milliseconds of blackout and more.
         """
-        if self._tap < 0:
+        if self._tap < 0 or self._sender is None:
             return
         mac = bytes.fromhex(self._network.mac.replace(":", ""))
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC) as link:
-            link.bind((self._link, 0))
-            while (frame := self._next()) is not None:
-                broadcast_arp = frame[:6] == b"\xff" * 6 and frame[12:14] == struct.pack("!H", ETH_P_ARP)
-                if frame[:6] == mac or broadcast_arp:
-                    with contextlib.suppress(OSError):
-                        link.send(frame)
-                        self.handed_over += 1
+        while (frame := self._next()) is not None:
+            broadcast_arp = frame[:6] == b"\xff" * 6 and frame[12:14] == struct.pack("!H", ETH_P_ARP)
+            if frame[:6] == mac or broadcast_arp:
+                with contextlib.suppress(OSError):
+                    self._sender.sendto(frame, (self._link, 0))
+                    self.handed_over += 1
 
     def _next(self) -> bytes | None:
         try:
@@ -98,6 +99,9 @@ class PacketHold:
         if self._tap >= 0:
             os.close(self._tap)
             self._tap = -1
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
         if self._netlink is not None:
             self._netlink.close()
             self._netlink = None
