@@ -86,6 +86,7 @@ Facts = Annotated[Mapping[str, Any], Check(read_facts, dict)]
 Versions = Annotated[Mapping[str, str], map_of(text(256))]
 Times = Annotated[Mapping[str, float], map_of(Check(real))]
 Digests = Annotated[Mapping[str, str], map_of(text(256), MAX_LIST)]
+Neighbours = Annotated[Mapping[str, str], map_of(text(64))]
 Mounts = Annotated[
     tuple[ExternalMount, ...],
     list_of(Check(_read_mount, lambda mount: {"key": mount.key, "point": mount.point})),
@@ -235,6 +236,7 @@ class FrozenState(Message):
     started_at: Text = ""
     restarts: Count = 0
     manifest: Digests = field(default_factory=dict)
+    neighbours: Neighbours = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

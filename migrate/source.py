@@ -257,6 +257,7 @@ class SourceMove:
         if self._live is not None and self._mode == "precopy":
             self._mark("rounds")
             self._copy_memory(self._live)
+        self._dump.note_neighbours()
 
     def _copy_memory(self, live: LiveMemory) -> None:
         control = Precopy(self._budget, FixedCosts())
@@ -348,7 +349,11 @@ class SourceMove:
         self._out.log(self._log)
         self._send(
             messages.FrozenState(
-                mounts=self._dump.mounts, pipes=self._dump.pipes, started_at=state.started_at, restarts=state.restarts
+                mounts=self._dump.mounts,
+                pipes=self._dump.pipes,
+                started_at=state.started_at,
+                restarts=state.restarts,
+                neighbours=self._dump.neighbours,
             )
         )
 

@@ -181,6 +181,7 @@ class TargetMove:
         assert self._state is not None
         self._incoming.finish()
         lazy = self._stores is not None and self._stores.lazy
+        self._restore.neighbours = self._state.neighbours
         self._restore.restore(self._state.mounts, self._state.pipes, auto_dedup=not lazy, lazy=lazy)
 
     def _wait_for_commit(self) -> None:

@@ -28,6 +28,7 @@ from runtime.criu.options import ExternalMount, dump_request, external_mounts
 from runtime.criu.rpc import CriuSession
 from runtime.errors import CriuFailed
 from runtime.linux.vfork import tasks_in_vfork
+from runtime.neighbours import known_neighbours
 from runtime.network import ContainerNetwork, in_network_namespace
 from runtime.nft import remove_criu_tables
 from runtime.sandbox.launch import ask_monitor
@@ -55,6 +56,8 @@ class HeldDump:
         self._frozen = False
         self.mounts: tuple[ExternalMount, ...] = ()
         self.pipes: tuple[int, int] = (0, 0)
+        self.neighbours: dict[str, str] = {}
+        """Address -> MAC, as of the last ``note_neighbours``."""
         self.marks: dict[str, float] = {}
         """time.monotonic() of: freeze, frozen, seized, dumped, held, finished"""
 
@@ -100,6 +103,12 @@ class HeldDump:
             self._advance_to("pre-dump", PREPARE_TIMEOUT_S)
         finally:
             os.close(images_fd)
+
+    def note_neighbours(self) -> None:
+        """Whom the container knows at link level goes along. To be called shortly before ``freeze``."""
+        network = self.container.spec.network
+        if network is not None:
+            self.neighbours = known_neighbours(self._containers.host, self.container.state.init_pid, network)
 
     def freeze(self) -> None:
         """Stop the container. From here the blackout runs. Its sockets still take what arrives."""

@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from runtime.criu.options import ExternalMount, restore_request
 from runtime.criu.rpc import CriuSession
 from runtime.errors import CriuFailed
 from runtime.memory.lazy import lazy_restore_allowed
+from runtime.neighbours import NeighbourTable
 from runtime.network import ContainerNetwork, ensure_bridge
 from runtime.packets import PacketHold
 from runtime.sandbox.launch import MonitorLaunch, SandboxOrders
@@ -47,6 +48,9 @@ class HeldRestore:
         self._run_dir = containers.run_dir(spec.id)
         self._network = ContainerNetwork(containers.host, spec.id)
         self._hold: PacketHold | None = None
+        self._table: NeighbourTable | None = None
+        self.neighbours: Mapping[str, str] = {}
+        """Address -> MAC of what the container knew where it was; to be set before ``restore``."""
         self._launch: MonitorLaunch | None = None
         self._session: CriuSession | None = None
         self._sandbox: dict[str, Any] = {}
@@ -69,6 +73,7 @@ class HeldRestore:
             ensure_bridge(self._containers.host)
             self._hold = PacketHold(self._containers.host, self.spec.id, self.spec.network)
             self._hold.prepare()
+            self._table = NeighbourTable(self._containers.host, self.spec.network)
         cgroup = self._containers.cgroup(self.spec.id)
         cgroup.create(self.spec.limits)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -158,6 +163,8 @@ class HeldRestore:
         # The bridge must not know the address here yet: an empty namespace would answer peers with a reset.
         if self.spec.network is not None:
             self._network.attach(self._init_pid, self.spec.network, connect=False)
+            if self._table is not None:
+                self._table.prepare(self._init_pid, self.neighbours)
 
     def release(self, *, started_at: str = "", restarts: int = 0) -> ContainerState:
         """Let it run. After this returned, the container runs here or CriuFailed says that it died on the way."""
@@ -174,6 +181,8 @@ class HeldRestore:
             if event.notify.script == "pre-resume" and self.spec.network is not None:
                 self._network.connect()
                 self._network.announce(1)
+                if self._table is not None:
+                    self._table.set()
                 if self._hold is not None:
                     self._hold.hand_over()
                 self.marks["connected"] = time.monotonic()
@@ -199,7 +208,7 @@ class HeldRestore:
         self._session.close()
         with self._launch:
             self._launch.expect("started")
-        self._network.close()
+        self._close_network()
 
     def discard(self) -> None:
         """Undo everything; safe at any moment before ``release`` and when called twice."""
@@ -214,10 +223,14 @@ class HeldRestore:
             with self._launch:
                 pass
             self._launch = None
-        self._network.close()
-        if self._hold is not None:
-            self._hold.close()
+        self._close_network()
         self._containers.clean_up(self.spec.id)
+
+    def _close_network(self) -> None:
+        self._network.close()
+        for part in (self._hold, self._table):
+            if part is not None:
+                part.close()
 
     def _log_text(self) -> str:
         texts = []
