@@ -103,6 +103,16 @@ class _Caused(MigrateError):
         self.cause_code = cause_code
 
 
+class NotConverging(MigrateError):
+    """Pre-copy can not meet the limit on the blackout, and the operator wants no move then."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"pre-copy does not get below the downtime limit: {why}",
+            hint="raise --downtime-limit, allow --throttle, or accept a longer blackout with --on-timeout stopcopy",
+        )
+
+
 class RolledBack(_Caused):
     @classmethod
     def because(cls, cause: BaseException) -> RolledBack:
@@ -135,6 +145,7 @@ CODES: tuple[tuple[type[BaseException], str, ExitCode], ...] = (
     (UnknownHost, "unknown-host", ExitCode.NOT_FOUND),
     (UnknownReport, "unknown-report", ExitCode.NOT_FOUND),
     (NotRoot, "not-root", ExitCode.REFUSED),
+    (NotConverging, "not-converging", ExitCode.ROLLED_BACK),
     (MoveRefused, "refused", ExitCode.REFUSED),
     (ProtocolViolation, "protocol", ExitCode.CONNECTION),
     (NoCommonProtocol, "protocol-version", ExitCode.CONNECTION),

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 
+from migrate.deferral import Deferral, Split
 from migrate.messages import HELD_FLAG
 from migrate.outgoing import PAGE_BYTES, Outgoing, PageSender
 from runtime.criu.filter.table import SHORTEST_BYTES, PageFilter
@@ -36,33 +37,54 @@ class LiveMemory:
         self._out = out
         self._tracker = tracker
         self._buffer = memoryview(bytearray(PIECE_BYTES))
-        self._pending: list[tuple[int, ProcessScan]] = []
+        self._deferral: Deferral[int] = Deferral()
+        self._split: Split[int] = self._deferral.scanned({})
+        self._pid_of: dict[int, int] = {}
         self.fresh: dict[int, PageRanges] = {}
         """By pid inside the container: pages of which the target has the present content."""
         self.hidden: dict[int, PageRanges] = {}
         """Of those, the ones that CRIU does not get to see."""
 
     @property
+    def dirty_bytes(self) -> int:
+        """What the last scan found written since the one before."""
+        return self._split.dirty_bytes
+
+    @property
+    def hot_bytes(self) -> int:
+        """Of these, what the scan before had found as well."""
+        return self._split.hot_bytes
+
+    @property
     def pending_bytes(self) -> int:
-        """What the last scan found to copy."""
-        return sum(process.to_copy.bytes for _inside, process in self._pending)
+        """What the target lacks, with what was kept back."""
+        return self._split.pending_bytes
 
     def scan(self) -> None:
-        """Find what was written since the last scan; from here on the target's copy of it is stale."""
-        self._pending = []
+        """Find what was written since the last scan; from here on the target's copy of it is stale.
+
+        A process that can not be tracked would go over whole in each round: CRIU's dump carries it.
+        """
+        dirty: dict[int, PageRanges] = {}
+        existing: dict[int, PageRanges] = {}
         for process in self._tracker.scan(self._pids()).processes:
             inside = pid_inside(process.pid)
-            if inside and not process.shares_memory_with:
+            if inside and not process.shares_memory_with and not process.reason:
                 self._forget_stale(inside, process)
-                self._pending.append((inside, process))
+                self._pid_of[inside] = process.pid
+                dirty[inside], existing[inside] = process.to_copy, process.existing
+        self._split = self._deferral.scanned(dirty, existing)
 
-    def send(self) -> int:
-        """Copy what the last scan found; a process that has ended meanwhile is left out. Bytes of memory looked at."""
-        looked_at = self.pending_bytes
-        for inside, process in self._pending:
-            self._copy(inside, process)
-        self._pending = []
-        return looked_at
+    def send(self, *, defer_hot: bool = False) -> int:
+        """Copy what is pending, without hot pages if so told; a process that has ended meanwhile is left out.
+
+        Bytes of memory looked at.
+        """
+        wanted = self._split.to_send(defer_hot=defer_hot)
+        for inside, ranges in wanted.items():
+            self._copy(inside, self._pid_of[inside], ranges)
+        self._deferral.sent(wanted)
+        return sum(ranges.bytes for ranges in wanted.values())
 
     def finish(self, page_filter: PageFilter | None = None) -> int:
         """Everything is frozen: the last scan. Afterwards ``fresh`` is final.
@@ -102,13 +124,13 @@ class LiveMemory:
         before = self.fresh.get(inside, EMPTY)
         self.fresh[inside] = (before & process.existing) - process.to_copy
 
-    def _copy(self, inside: int, process: ProcessScan) -> None:
-        ranges = [(start, end - start) for start, end in process.to_copy.spans()]
+    def _copy(self, inside: int, pid: int, wanted: PageRanges) -> None:
+        ranges = [(start, end - start) for start, end in wanted.spans()]
         copied: list[tuple[int, int]] = []
         try:
-            with MemoryReader(process.pid) as reader:
+            with MemoryReader(pid) as reader:
                 for filled, data, zeros in reader.content(ranges, self._buffer):
-                    self._tell_tracker(process.pid, filled, data, zeros)
+                    self._tell_tracker(pid, filled, data, zeros)
                     self._send(inside, filled, data, zeros)
                     copied += ((address, address + size) for address, size in (*filled, *zeros))
         except (ProcessEnded, FileNotFoundError, ProcessLookupError):

@@ -57,6 +57,25 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundEnded:
+    """One round of pre-copy. ``dirty_bytes`` is what the target lacks now; ``decision`` continue, freeze, throttle or
+    stop, for ``reasons``; ``cpus`` what the container is slowed to; ``remaining_s`` until it runs on the target."""
+
+    KIND: ClassVar[str] = "round"
+    round: int
+    ms: float
+    sent_bytes: int
+    rate_Bps: float
+    dirty_bytes: int
+    dirty_rate_Bps: float
+    predicted_blackout_ms: float
+    remaining_s: float
+    decision: str
+    cpus: float | None = None
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseEnded:
     KIND: ClassVar[str] = "phase-ended"
     name: str
@@ -80,7 +99,7 @@ class MoveEnded:
     report: MoveReport
 
 
-Event: TypeAlias = MoveStarted | PhaseStarted | Progress | PhaseEnded | Warning | MoveEnded
+Event: TypeAlias = MoveStarted | PhaseStarted | Progress | RoundEnded | PhaseEnded | Warning | MoveEnded
 
 
 class Observer(Protocol):
@@ -192,6 +211,7 @@ class _LiveDisplay:
         self._done: list[tuple[str, float]] = []
         self._phase = ""
         self._progress: Progress | None = None
+        self._round: RoundEnded | None = None
         self._title = ""
         self._shown_at = 0.0
 
@@ -201,10 +221,12 @@ class _LiveDisplay:
                 self._title = f"{event.container}: {event.source} -> {event.target} ({event.mode}, {event.transport})"
                 self._start()
             case PhaseStarted():
-                self._phase, self._progress = event.name, None
+                self._phase, self._progress, self._round = event.name, None, None
             case PhaseEnded():
                 self._done.append((event.name, event.ms))
                 self._phase, self._progress = "", None
+            case RoundEnded():
+                self._round = event
             case Progress():
                 self._progress = event
                 if time.monotonic() - self._shown_at < PROGRESS_INTERVAL_S:
@@ -232,13 +254,26 @@ class _LiveDisplay:
         lines = [self._title]
         lines += [f"  {name:<12} {ms:>10.1f} ms" for name, ms in self._done]
         if self._phase:
-            lines.append(f"  {self._phase:<12} {progress_text(self._progress)}")
+            text = progress_text(self._progress) if self._round is None else round_text(self._round)
+            lines.append(f"  {self._phase:<12} {text}")
         return "\n".join(lines)
 
     def _stop(self) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def round_text(done: RoundEnded) -> str:
+    """ "3: 12.0 MiB at 850.1 MiB/s, dirtied at 20.0 MiB/s, blackout now 110 ms, 0.1 s left" """
+    parts = [
+        f"{done.round}: {mebibytes(done.sent_bytes)} at {mebibytes(done.rate_Bps)}/s",
+        f"dirtied at {mebibytes(done.dirty_rate_Bps)}/s",
+        f"blackout now {done.predicted_blackout_ms:.0f} ms",
+    ]
+    if done.cpus is not None:
+        parts.append(f"slowed to {done.cpus:.2f} processors")
+    return ", ".join([*parts, f"{done.remaining_s:.1f} s left"])
 
 
 def progress_text(progress: Progress | None) -> str:

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 from migrate import messages
-from migrate.costs import FixedCosts
 from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack, name_peer
 from migrate.guards import CallOff, garbage_collector_off, signals_ignored
 from migrate.journal import Journal
 from migrate.links import Session
 from migrate.machine import JOURNALED, Action, Event, Phase, step
 from migrate.memory_source import DifferenceSender, LiveMemory, PageThread
-from migrate.observe import Held, PhaseEnded, PhaseStarted, Progress, Warning
+from migrate.observe import Held, PhaseEnded, PhaseStarted, Warning
 from migrate.outgoing import Outgoing
 from migrate.phases import PhaseClock
-from migrate.precopy import Budget, Decision, Kind, Precopy, Round
+from migrate.precopy import Budget
+from migrate.rounds import Gauges, Rounds, untracked_warning
 from runtime.api import Container, Status
 from runtime.container import Containers, open_tree_roots
 from runtime.criu.binary import CriuBinary
@@ -37,6 +36,7 @@ from runtime.host import HostConfig
 from runtime.linux.procfs import parse_shared_writable
 from runtime.memory.tracker import make_tracker
 from runtime.memory.tracker_still import StillTracker
+from runtime.throttle import CpuThrottle
 from runtime.tree import SentContent, Snapshot, compare, scan
 from runtime.workdir import WorkDirectory
 from transport.api import Deadline, Frame, TransportError
@@ -65,6 +65,7 @@ class SourceMove:
         criu: CriuBinary,
         observer: Held,
         budget: Budget,
+        lift_bandwidth: Callable[[], None],
         make_report: Callable[[SourceMove], Mapping[str, Any]],
     ) -> None:
         self._containers = Containers(host)
@@ -94,9 +95,9 @@ class SourceMove:
         self._undo = ExitStack()
         self._call_off = CallOff()
         self._budget = budget
+        self._lift_bandwidth = lift_bandwidth
         self.clock = PhaseClock()
-        self.rounds = 0
-        self.predicted_ms: float | None = None
+        self.rounds: Rounds | None = None
         self.complete: messages.Complete | None = None
         self.running: messages.Running | None = None
         self.prepared: messages.Prepared | None = None
@@ -260,36 +261,14 @@ class SourceMove:
         self._dump.note_neighbours()
 
     def _copy_memory(self, live: LiveMemory) -> None:
-        control = Precopy(self._budget, FixedCosts())
-        live.scan()
-        begin = time.monotonic()
-        while True:
-            wire_before = self._out.sent_bytes["pages"]
-            page_bytes = live.send()
-            live.scan()
-            now = time.monotonic()
-            done = Round(
-                seconds=max(now - begin, 1e-4),
-                page_bytes=page_bytes,
-                wire_bytes=self._out.sent_bytes["pages"] - wire_before,
-                dirty_bytes=live.pending_bytes,
-            )
-            begin = now
-            self.rounds += 1
-            decision = control.decide(done)
-            self._show_round(decision)
-            if decision.kind is Kind.STOP and decision.action == "abort":
-                raise MoveRefused("; ".join(decision.reasons) or "pre-copy does not converge")
-            if decision.kind not in (Kind.CONTINUE, Kind.THROTTLE):
-                self.predicted_ms = decision.blackout_ms
-                return
-
-    def _show_round(self, decision: Decision) -> None:
-        sent = self._out.sent_bytes["pages"]
-        seconds = time.monotonic() - self.clock.at("rounds")
-        self._observer.on_event(
-            Progress(phase=f"round {self.rounds}", kind="pages", sent_bytes=sent, rate_Bps=sent / max(seconds, 1e-3))
+        own_cpus = self._container.spec.limits.cpus
+        gauges = Gauges(
+            page_wire_bytes=lambda: self._out.sent_bytes["pages"], cpu_s=lambda: self._cgroup.stats().cpu_usage_s
         )
+        self.rounds = Rounds(live, gauges, CpuThrottle(self._cgroup, own_cpus=own_cpus), self._observer, self._budget)
+        self.rounds.run()
+        if warning := untracked_warning(live.facts().untracked):
+            self._observer.on_event(warning)
 
     def _send_tree(self, number: int) -> None:
         root, before, sent = self._trees[number], self._snapshots[number], self._sent[number]
@@ -310,6 +289,7 @@ class SourceMove:
         return frozenset(found)
 
     def _freeze_and_dump(self) -> None:
+        self._lift_bandwidth()
         self._mark("freeze")
         self._dump.freeze()
         self._send(messages.Frozen(move_id=self._move_id))

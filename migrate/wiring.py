@@ -7,7 +7,7 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,22 +28,27 @@ from runtime.criu.binary import find_criu
 from runtime.errors import BadInput, RuntimeFault, WrongState
 from runtime.host import HostConfig
 from transport.api import Deadline, Frame, TransportError
+from transport.pacing import PacedChannel, TokenBucket
 
 ModeName = Literal["auto", "stopcopy", "diskless", "precopy"]
 PREFLIGHT_TIMEOUT_S = 30.0
 UNDO_TIMEOUT_S = 15.0
+BURST_S = 0.05
+"""A limit on bandwidth is kept on average over so long."""
 LINK_CODES = ("channel-closed", "deadline", "transport", "connect")
 """Causes of a rollback that leave open whether the target knows of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoveOptions:
-    """What the operator asked for. ``timeout_s`` bounds connecting and greeting."""
+    """What the operator asked for. ``timeout_s`` bounds connecting and greeting; ``bandwidth_Bps`` what is sent before
+    the blackout."""
 
     mode: ModeName = "auto"
     transport: Literal["auto", "ssh", "stream"] = "auto"
     dry_run: bool = False
-    downtime_limit_ms: float = 300.0
+    budget: Budget = field(default_factory=Budget)
+    bandwidth_Bps: float | None = None
     timeout_s: float = 20.0
 
 
@@ -166,15 +171,17 @@ def _move_locked(
         _check(containers, container, session, course, held)
         if options.dry_run:
             return _report(course, Outcome.REFUSED)
+        paced, lift_bandwidth = _paced(session, options.bandwidth_Bps)
         source = SourceMove(
             host,
             container,
-            session,
+            paced,
             mode=course.mode,
             move_id=course.move_id,
             criu=criu,
             observer=held,
-            budget=Budget(downtime_limit_ms=options.downtime_limit_ms, throttle=False),
+            budget=options.budget,
+            lift_bandwidth=lift_bandwidth,
             make_report=lambda done: _moved(course, done).to_json(),
         )
         course.began = True
@@ -185,6 +192,15 @@ def _move_locked(
             error.add_note(f"phases: {source.clock.phases(time.monotonic())}")
             raise
         return _moved(course, source)
+
+
+def _paced(session: Session, bandwidth_Bps: float | None) -> tuple[Session, Callable[[], None]]:
+    """The session with a limit on what it sends, and what lifts it."""
+    if bandwidth_Bps is None:
+        return session, lambda: None
+    bucket = TokenBucket(rate_Bps=bandwidth_Bps, burst_bytes=int(bandwidth_Bps * BURST_S))
+    channel = PacedChannel(session.channel, bucket)
+    return replace(session, channel=channel), channel.lift
 
 
 def _started(course: _Course) -> MoveStarted:
@@ -232,7 +248,7 @@ def _moved(course: _Course, source: SourceMove) -> MoveReport:
     sent = source.sent_bytes
     return replace(
         _report(course, Outcome.MIGRATED),
-        rounds=source.rounds,
+        rounds=source.rounds.count if source.rounds is not None else 0,
         total_ms=(running_at - course.begin) * 1000,
         blackout_ms=(running_at - clock.at("freeze")) * 1000,
         sent_bytes=SentBytes(images=sent["images"], pages=sent["pages"], files=sent["files"], control=sent["control"]),

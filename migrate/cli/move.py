@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,6 +31,60 @@ class Noting:
         self._observer.on_event(event)
 
 
+class _Parsed(click.ParamType[float]):
+    """A word that a function of migrate.cli.options understands; its errors are click's."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from migrate.cli.options import parse_bytes, parse_rate_Bps
+
+        if not isinstance(value, str):
+            return float(value)
+        return parse_rate_Bps(value) if self.name == "rate" else float(parse_bytes(value))
+
+
+def rounds_options(command: Callable[..., int]) -> Callable[..., int]:
+    """When pre-copy's rounds end, and what becomes of a move that can not meet the limit."""
+    options = (
+        click.option(
+            "--max-rounds", type=click.IntRange(min=1), default=30, show_default=True, help="At most so many rounds."
+        ),
+        click.option(
+            "--max-time",
+            "max_time_s",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="S",
+            help="At most so many seconds of rounds.",
+        ),
+        click.option("--max-bytes", type=_Parsed("size"), metavar="SIZE", help="Send at most this in rounds: 20g."),
+        click.option(
+            "--on-timeout",
+            type=click.Choice(["abort", "stopcopy"]),
+            default="stopcopy",
+            show_default=True,
+            help="When the downtime limit can not be met: roll back, or freeze nevertheless.",
+        ),
+        click.option(
+            "--throttle/--no-throttle",
+            default=True,
+            show_default=True,
+            help="Slow the container down while no round meets the limit.",
+        ),
+        click.option(
+            "--bandwidth",
+            "bandwidth_Bps",
+            type=_Parsed("rate"),
+            metavar="RATE",
+            help="Send no faster than this before the blackout: 1gbit, 50m (bytes a second).",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command("move")
 @click.argument("container")
 @click.option("--to", metavar="HOST", required=True, help="Where to; `cmigrate host ls` lists hosts.")
@@ -46,8 +102,9 @@ class Noting:
     metavar="MS",
     default=300.0,
     show_default=True,
-    help="precopy: rounds go on until a blackout below this is predicted.",
+    help="Rounds go on until a blackout below this is predicted.",
 )
+@rounds_options
 @click.option(
     "--transport",
     type=click.Choice(["auto", "ssh", "stream"]),
@@ -70,6 +127,12 @@ def move_command(
     to: str,
     mode: str,
     downtime_limit_ms: float,
+    max_rounds: int,
+    max_time_s: float | None,
+    max_bytes: float | None,
+    on_timeout: str,
+    throttle: bool,
+    bandwidth_Bps: float | None,
     transport: str,
     dry_run: bool,
     timeout_s: float,
@@ -82,6 +145,7 @@ def move_command(
     """
     host = open_host()
     from migrate.observe import JsonLines, Terminal
+    from migrate.precopy import Budget
     from migrate.wiring import MoveOptions, move
 
     observer = Noting(JsonLines(sys.stdout) if as_json else Terminal(sys.stderr))
@@ -89,7 +153,15 @@ def move_command(
         mode=mode,  # type: ignore[arg-type]  # click.Choice has checked these two
         transport=transport,  # type: ignore[arg-type]
         dry_run=dry_run,
-        downtime_limit_ms=downtime_limit_ms,
+        budget=Budget(
+            downtime_limit_ms=downtime_limit_ms,
+            max_rounds=max_rounds,
+            max_time_s=math.inf if max_time_s is None else max_time_s,
+            max_bytes=math.inf if max_bytes is None else max_bytes,
+            on_timeout=on_timeout,  # type: ignore[arg-type]
+            throttle=throttle,
+        ),
+        bandwidth_Bps=bandwidth_Bps,
         timeout_s=timeout_s,
     )
     try:

@@ -19,7 +19,10 @@ _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _DURATION = re.compile(
     r"(?:(?P<days>\d+)d)?(?:(?P<hours>\d+)h)?(?:(?P<minutes>\d+)m)?(?:(?P<seconds>\d+(?:\.\d+)?)s?)?"
 )
+_BIT_RATE = re.compile(r"(\d{1,9}(?:\.\d+)?)([kmgt]?)bit", re.IGNORECASE)
+_BITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 MIN_MEMORY_BYTES = 1 << 20
+MIN_RATE_BPS = 64 << 10
 
 
 def parse_bytes(text: str) -> int:
@@ -28,6 +31,15 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise click.UsageError(f"{text!r} is no size: give 512m, 2g or a number of bytes")
     return int(float(match["number"]) * _UNITS[match["unit"].lower()])
+
+
+def parse_rate_Bps(text: str) -> float:
+    """Bytes a second: 1gbit and 100mbit as tc has them (powers of 1000, bits), 50m and 50MiB/s as sizes are."""
+    match = _BIT_RATE.fullmatch(text.strip())
+    rate = float(match[1]) * _BITS[match[2].lower()] / 8 if match else parse_bytes(text.strip().removesuffix("/s"))
+    if rate < MIN_RATE_BPS:
+        raise click.UsageError(f"{text!r}: a move needs at least 64 KiB a second")
+    return rate
 
 
 def parse_memory(text: str | None) -> int | None:

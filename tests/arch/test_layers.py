@@ -29,6 +29,7 @@ MIGRATE_LAYERS = (
     ("links",),
     ("session",),
     ("preflight",),
+    ("rounds",),
     ("inventory", "journal", "observe", "reports", "incoming", "memory_source", "phases", "guards"),
     ("outgoing", "memory_target"),
     ("target_machine",),

@@ -1,0 +1,94 @@
+"""Pre-copy of a container that writes faster than it may be sent: what the operator's limits lead to."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.lab import TwoHosts, nothing_left_on
+
+# Writes all of its 48 MiB again and again, about 100 MiB a second.
+WRITER = """
+import mmap, time
+area = mmap.mmap(-1, 48 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+word, at = 1, 0
+while True:
+    for _ in range(256):
+        area[at:at + 8] = word.to_bytes(8, "little")
+        at = (at + 4096) % len(area)
+    word += 1
+    time.sleep(0.01)
+"""
+SLOW = ("--mode", "precopy", "--transport", "stream", "--bandwidth", "32m", "--downtime-limit", "150")
+
+
+@pytest.fixture
+def writer(two_hosts: TwoHosts) -> Iterator[TwoHosts]:
+    program = os.path.realpath("/usr/bin/python3")
+    with nothing_left_on(two_hosts, "host1", "host2"):
+        two_hosts.cmigrate(
+            "host1", "run", "-d", "--name", "w", "--cpus", "1.5", "--rootfs", "host", "--", program, "-c", WRITER
+        )
+        try:
+            yield two_hosts
+        finally:
+            for host in ("host1", "host2"):
+                two_hosts.cmigrate(host, "rm", "-f", "w", check=False)
+
+
+def quota(hosts: TwoHosts, host: str) -> list[str]:
+    """Of the container's cgroup, in whatever version."""
+    parent = hosts.config(host).cgroup_parent
+    found = [
+        file.read_text().split()[0]
+        for name in ("cpu.max", "cpu.cfs_quota_us")
+        for file in sorted(Path("/sys/fs/cgroup").glob(f"**/{parent}/*/{name}"))
+    ]
+    assert found
+    return found
+
+
+def test_abort_leaves_it_running_where_it_is(writer: TwoHosts) -> None:
+    before = quota(writer, "host1")
+    done = writer.cmigrate(
+        "host1", "move", "w", "--to", "host2", *SLOW, "--on-timeout", "abort", "--no-throttle", check=False
+    )
+    assert done.returncode == 5, done.stderr
+    assert "downtime limit" in done.stderr
+    assert "hint: " in done.stderr
+    (line,) = writer.lines("host1", "ps", "--json")
+    assert (line["name"], line["status"]) == ("w", "running")
+    assert quota(writer, "host1") == before
+
+
+def test_it_is_slowed_down_until_it_fits_and_runs_at_its_own_speed_on_the_target(writer: TwoHosts) -> None:
+    lines = writer.lines("host1", "move", "w", "--to", "host2", *SLOW, "--json")
+    rounds = [line for line in lines if line["type"] == "round"]
+    assert any(line["decision"] == "throttle" for line in rounds)
+    assert len({line["round"] for line in rounds}) == len(rounds) == lines[-1]["rounds"]
+    assert lines[-1]["outcome"] == "migrated"
+    assert quota(writer, "host2") == quota_of_one_and_a_half(writer)
+
+
+def quota_of_one_and_a_half(hosts: TwoHosts) -> list[str]:
+    hosts.cmigrate("host1", "run", "-d", "--name", "other", "--cpus", "1.5", "--rootfs", "host", "--", "sleep", "100")
+    try:
+        return quota(hosts, "host1")
+    finally:
+        hosts.cmigrate("host1", "rm", "-f", "other")
+
+
+def test_one_round_is_all_when_no_more_are_allowed(writer: TwoHosts) -> None:
+    lines = writer.lines("host1", "move", "w", "--to", "host2", *SLOW, "--max-rounds", "1", "--json")
+    assert lines[-1]["rounds"] == 1
+    assert lines[-1]["outcome"] == "migrated"
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--bandwidth", "fast"), ("--bandwidth", "1kbit"), ("--max-rounds", "0"), ("--on-timeout", "never")]
+)
+def test_limits_that_are_none_are_refused(two_hosts: TwoHosts, wrong: tuple[str, str]) -> None:
+    done = two_hosts.cmigrate("host1", "move", "w", "--to", "host2", *wrong, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
