@@ -297,6 +297,8 @@ def mebibytes(count: float) -> str:
 def summary(report: MoveReport) -> str:
     """One line: what became of the move."""
     blackout = "" if report.blackout_ms is None else f", blackout {report.blackout_ms:.1f} ms"
+    if report.downtime_ms is not None:
+        blackout += f", downtime {report.downtime_ms:.1f} ms"
     what = {
         Outcome.MIGRATED: f"{report.container} runs on {report.target}",
         Outcome.ROLLED_BACK: f"{report.container} runs on, on {report.source}",

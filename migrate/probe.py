@@ -1,16 +1,20 @@
 """What a client sees of a move: one TCP connection, one request every millisecond, every answer timed and checked.
 
-    python -m migrate.probe redis|http|echo HOST:PORT [--duration S] [--interval-ms 1] [--key K] [--path P] [--sequence]
+    cmigrate probe, or python -m migrate.probe redis|http|echo|tcp|udp HOST:PORT [--duration S] [--interval-ms 1] ...
 
 Runs as a process of its own, where the clients are. Ends after ``--duration`` or at SIGTERM or SIGINT and prints one
 JSON line; SIGUSR1 prints the line of what was seen since the last one and begins a new window on the same connection.
 A window closes at an answer or a failure, never in the middle of a gap, so that no gap is cut in two and made small.
 
     {"type": "window"|"total", "requests", "failed", "resets", "reconnects", "out_of_sequence", "longest_gap_ms",
-     "downtime_ms", "slow_requests", "latency_ms": {"<1": n, ...}, "duration_ms", "probe_late_ms", "last"}
+     "downtime_ms", "slow_requests", "latency_ms": {"<1": n, ...}, "gaps_ms": {"<2": n, ...}, "duration_ms",
+     "probe_late_ms", "last"}
 
 ``downtime_ms`` is ``longest_gap_ms``: the longest time between two answers that follow each other. ``probe_late_ms``
 is how late the probe itself woke at worst: a gap of that size may be the probe's own and not the service's.
+
+``tcp`` with a text to send does the same with any service: whatever comes back is an answer. ``tcp`` without one opens
+a new connection each time, ``udp`` sends a datagram each time; both go on without waiting (probe_scatter.py).
 
 The next request leaves when the last one is answered and its millisecond has come, so a lost packet costs a full
 retransmission: what a patient client feels, with nothing hidden by traffic behind it.
@@ -30,14 +34,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
 
-NS_PER_MS = 1_000_000
-# Upper edges of the histogram, in milliseconds.
-BUCKETS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-SLOW_NS = 10 * NS_PER_MS
+from migrate.probe_window import NS_PER_MS, Window
+
 # Longer than any blackout worth the name, and than TCP's retransmissions after it.
 ANSWER_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
@@ -86,6 +88,21 @@ class AskEcho:
         return int(received) if received.endswith(b"\n") else None
 
 
+class AskText:
+    """Any text; whatever comes back is its answer."""
+
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+        self._number = 0
+
+    def request(self, number: int) -> bytes:
+        self._number = number
+        return self._text
+
+    def answer(self, received: bytes) -> int | None:
+        return self._number if received else None
+
+
 class AskHttp:
     """GET of one path on a kept-alive connection; ``sequence`` takes the body for a counter."""
 
@@ -113,51 +130,6 @@ class AskHttp:
         return int(body) if self._sequence else self._number
 
 
-@dataclass(kw_only=True)
-class Window:
-    """What was seen from one mark to the next."""
-
-    begin_ns: int
-    last_answer_ns: int
-    requests: int = 0
-    failed: int = 0
-    resets: int = 0
-    reconnects: int = 0
-    out_of_sequence: int = 0
-    longest_gap_ns: int = 0
-    probe_late_ns: int = 0
-    slow: int = 0
-    histogram: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_MS) + 1))
-
-    def answered(self, now_ns: int, asked_ns: int) -> None:
-        self.longest_gap_ns = max(self.longest_gap_ns, now_ns - self.last_answer_ns)
-        self.last_answer_ns = now_ns
-        took_ns = now_ns - asked_ns
-        self.slow += took_ns >= SLOW_NS
-        took_ms = took_ns / NS_PER_MS
-        self.histogram[next((n for n, edge in enumerate(BUCKETS_MS) if took_ms < edge), len(BUCKETS_MS))] += 1
-
-    def to_json(self, kind: str, now_ns: int, last: int) -> dict[str, Any]:
-        # A service that never answered again has a gap without an end: it counts as far as it goes.
-        gap_ms = round(max(self.longest_gap_ns, now_ns - self.last_answer_ns) / NS_PER_MS, 3)
-        names = [f"<{edge}" for edge in BUCKETS_MS] + [f">={BUCKETS_MS[-1]}"]
-        return {
-            "type": kind,
-            "requests": self.requests,
-            "failed": self.failed,
-            "resets": self.resets,
-            "reconnects": self.reconnects,
-            "out_of_sequence": self.out_of_sequence,
-            "longest_gap_ms": gap_ms,
-            "downtime_ms": gap_ms,
-            "slow_requests": self.slow,
-            "latency_ms": {name: count for name, count in zip(names, self.histogram, strict=True) if count},
-            "duration_ms": round((now_ns - self.begin_ns) / NS_PER_MS, 3),
-            "probe_late_ms": round(self.probe_late_ns / NS_PER_MS, 3),
-            "last": last,
-        }
-
-
 class Probe:
     """Asks until told to end. ``tell`` receives each window's and at last the total's JSON value."""
 
@@ -171,6 +143,7 @@ class Probe:
         self._broken = False  # the request on the way may have counted
         self.mark = False
         self.end = False
+        self.announce = False
         now_ns = time.monotonic_ns()
         self._window = Window(begin_ns=now_ns, last_answer_ns=now_ns)
         self._total = Window(begin_ns=now_ns, last_answer_ns=now_ns)
@@ -178,6 +151,8 @@ class Probe:
     def run(self, duration_s: float | None, tell: Callable[[dict[str, Any]], None]) -> None:
         gc.disable()
         self._connect_first()
+        if self.announce:
+            tell({"type": "connected"})
         now_ns = time.monotonic_ns()
         self._window = Window(begin_ns=now_ns, last_answer_ns=now_ns)
         self._total = Window(begin_ns=now_ns, last_answer_ns=now_ns)
@@ -291,28 +266,62 @@ class Probe:
 
 
 def parse_address(text: str) -> tuple[str, int]:
+    """HOST:PORT or [IPV6]:PORT. Raises argparse.ArgumentTypeError."""
     host, separator, port = text.rpartition(":")
-    if not separator or not port.isdigit():
+    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise argparse.ArgumentTypeError(f"{text!r}: an IPv6 address stands in brackets, [::1]:80")
     return host, int(port)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m migrate.probe", description="What a client sees of a move.")
-    parser.add_argument("kind", choices=("redis", "http", "echo"))
-    parser.add_argument("address", type=parse_address, metavar="HOST:PORT")
-    parser.add_argument("--duration", type=float, metavar="S", help="end after this many seconds (default: SIGTERM)")
-    parser.add_argument("--interval-ms", type=float, default=1.0)
-    parser.add_argument("--key", default="probe", help="redis: the key to count in")
-    parser.add_argument("--path", default="/", help="http: what to get")
-    parser.add_argument("--sequence", action="store_true", help="http: the body is a number, one more each time")
-    options = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked, of whom, how often. ``send`` is for tcp and udp, ``interval_ms`` None for what fits the kind."""
+
+    kind: str
+    address: tuple[str, int]
+    interval_ms: float | None = None
+    send: bytes = b""
+    key: str = "probe"
+    path: str = "/"
+    sequence: bool = False
+
+
+class AnyProbe(Protocol):
+    """A probe of either kind; ``mark`` and ``end`` are set by signal handlers."""
+
+    mark: bool
+    end: bool
+    announce: bool
+    """Say "connected" before anything is measured."""
+
+    def run(self, duration_s: float | None, tell: Callable[[dict[str, Any]], None]) -> None:
+        """Raises OSError when the service can not be reached at all."""
+        ...
+
+
+def make_probe(question: Question) -> AnyProbe:
+    from migrate.probe_scatter import CONNECT_INTERVAL_MS, ConnectProbe, DatagramProbe
+
+    interval_ms = question.interval_ms or 1.0
+    if question.kind == "udp":
+        return DatagramProbe(question.address, question.send or b"probe\n", interval_ms=interval_ms)
+    if question.kind == "tcp" and not question.send:
+        return ConnectProbe(question.address, interval_ms=question.interval_ms or CONNECT_INTERVAL_MS)
     askers: dict[str, Callable[[], Asker]] = {
-        "redis": lambda: AskRedis(options.key),
+        "redis": lambda: AskRedis(question.key),
         "echo": AskEcho,
-        "http": lambda: AskHttp(options.address[0], options.path, sequence=options.sequence),
+        "http": lambda: AskHttp(question.address[0], question.path, sequence=question.sequence),
+        "tcp": lambda: AskText(question.send),
     }
-    probe = Probe(options.address, askers[options.kind](), interval_ms=options.interval_ms)
+    return Probe(question.address, askers[question.kind](), interval_ms=interval_ms)
+
+
+def run_until_told(probe: AnyProbe, duration_s: float | None, tell: Callable[[dict[str, Any]], None]) -> None:
+    """SIGUSR1 closes a window, SIGTERM and SIGINT end. Raises OSError."""
 
     def on_mark(_number: int, _frame: FrameType | None) -> None:
         probe.mark = True
@@ -323,8 +332,34 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGUSR1, on_mark)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_end)
+    probe.run(duration_s, tell)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m migrate.probe", description="What a client sees of a move.")
+    parser.add_argument("kind", choices=("redis", "http", "echo", "tcp", "udp"))
+    parser.add_argument("address", type=parse_address, metavar="HOST:PORT")
+    parser.add_argument("--duration", type=float, metavar="S", help="end after this many seconds (default: SIGTERM)")
+    parser.add_argument("--interval-ms", type=float)
+    parser.add_argument("--send", default="", help="tcp, udp: what to send")
+    parser.add_argument("--key", default="probe", help="redis: the key to count in")
+    parser.add_argument("--path", default="/", help="http: what to get")
+    parser.add_argument("--sequence", action="store_true", help="http: the body is a number, one more each time")
+    parser.add_argument("--announce", action="store_true", help='say {"type": "connected"} first')
+    options = parser.parse_args(argv)
+    question = Question(
+        kind=options.kind,
+        address=options.address,
+        interval_ms=options.interval_ms,
+        send=options.send.encode(),
+        key=options.key,
+        path=options.path,
+        sequence=options.sequence,
+    )
     try:
-        probe.run(options.duration, lambda line: print(json.dumps(line), flush=True))
+        probe = make_probe(question)
+        probe.announce = options.announce
+        run_until_told(probe, options.duration, lambda line: print(json.dumps(line), flush=True))
     except OSError as error:
         print(f"probe: {options.address[0]}:{options.address[1]}: {error.strerror or error}", file=sys.stderr)
         return 1

@@ -71,7 +71,8 @@ class MoveReport:
     """One move. Times in milliseconds, sizes in bytes, ``started_at`` RFC 3339 in UTC.
 
     ``blackout_ms`` runs from frozen on the source to running on the target, on the source's clock; None when the move
-    ended before anything froze. ``memory_bytes`` is what the container had in memory. ``rounds`` counts passes of
+    ended before anything froze. ``downtime_ms`` is the longest time without an answer that a probe saw, if one ran.
+    ``memory_bytes`` is what the container had in memory. ``rounds`` counts passes of
     pre-copy, so it is 0 without pre-copy. ``blockers`` are preflight's, as mappings with check, what and remedy.
     """
 
@@ -85,6 +86,7 @@ class MoveReport:
     started_at: str
     total_ms: float
     blackout_ms: float | None = None
+    downtime_ms: float | None = None
     memory_bytes: int = 0
     sent_bytes: SentBytes = field(default_factory=SentBytes)
     rounds: int = 0
@@ -98,7 +100,7 @@ class MoveReport:
         """Plain JSON types; ``report_from_json`` gives the same value back. Nothing is left out."""
         data = dataclasses.asdict(self)
         data["outcome"] = str(self.outcome)
-        for name in ("blackout_ms", "total_ms"):
+        for name in ("blackout_ms", "downtime_ms", "total_ms"):
             data[name] = None if data[name] is None else round(data[name], 3)
         data["phases"] = [{"name": phase.name, "ms": round(phase.ms, 3)} for phase in self.phases]
         data["blockers"] = [dict(blocker) for blocker in self.blockers]

@@ -16,6 +16,7 @@ from migrate.errors import InDoubt, MigrateError, MoveRefused, RolledBack, descr
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Warning
 from migrate.precopy import Budget
+from migrate.probing import Probing, probe_words
 from migrate.recover import recover, standing
 from migrate.report import MoveReport, Outcome, PhaseTime, ReportedError, SentBytes, Versions
 from migrate.reports import ReportStore
@@ -50,6 +51,8 @@ class MoveOptions:
     budget: Budget = field(default_factory=Budget)
     bandwidth_Bps: float | None = None
     timeout_s: float = 20.0
+    probe: str = ""
+    """What a probe on this host asks meanwhile: an address as probing.py knows it, ``auto``, or nothing."""
 
 
 @dataclass(kw_only=True)
@@ -116,7 +119,7 @@ def move(host: HostConfig, reference: str, to: str, options: MoveOptions, observ
     held = Held(observer)
     try:
         with containers.locked(container.id, f"move to {to}", wait_s=0.5) as locked:
-            report = _move_locked(host, containers, locked, course, options, held)
+            report = _move_probed(host, containers, locked, course, options, held)
     except BaseException as error:
         name_peer(error, course.target)
         if isinstance(error, RolledBack) and error.cause_code in LINK_CODES:
@@ -143,6 +146,19 @@ def _undo_there(host: HostConfig, course: _Course) -> None:
     ):
         session.channel.send(Frame.control(question.to_message()), deadline=deadline)
         messages.Answer.parse(session.channel.receive(deadline=deadline).message())
+
+
+def _move_probed(
+    host: HostConfig, containers: Containers, container: Container, course: _Course, options: MoveOptions, held: Held
+) -> MoveReport:
+    if not options.probe or options.dry_run or container.state.status != Status.RUNNING:
+        return _move_locked(host, containers, container, course, options, held)
+    with Probing(probe_words(options.probe, container)) as probing:
+        report = _move_locked(host, containers, container, course, options, held)
+        seen = probing.finish()
+    if seen["failed"] or seen["resets"]:
+        held.on_event(Warning(what=f"the probe saw {seen['failed']} failed requests and {seen['resets']} resets"))
+    return replace(report, downtime_ms=seen["downtime_ms"])
 
 
 def _move_locked(

@@ -34,6 +34,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "move": ("migrate.cli.move:move_command", "Move a running container to another host."),
     "checkpoint": ("migrate.cli.portable:checkpoint_command", "Write a container to a file."),
     "restore": ("migrate.cli.portable:restore_command", "Bring a container back from a file."),
+    "probe": (
+        "migrate.cli.probe:probe_command",
+        "Ask a service again and again and tell the longest time without an answer.",
+    ),
     "history": ("migrate.cli.reports:history_command", "List the moves this host took part in."),
     "report": ("migrate.cli.reports:report_command", "Show the report of one move."),
     "doctor": ("migrate.cli.doctor:doctor_command", "Check what this host can do, and what it lacks."),

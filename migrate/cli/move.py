@@ -112,6 +112,13 @@ def rounds_options(command: Callable[..., int]) -> Callable[..., int]:
     show_default=True,
     help="auto: stream where the agent there answers, else ssh.",
 )
+@click.option(
+    "--probe",
+    metavar="ADDR|auto",
+    default="",
+    help="Ask this service all the while and report the downtime: [KIND://]HOST:PORT[/PATH], with a kind of "
+    "`cmigrate probe`; auto: the first port the container listens on.",
+)
 @click.option("--dry-run", is_flag=True, help="Only check; list every reason why it could not be moved.")
 @click.option(
     "--timeout",
@@ -134,6 +141,7 @@ def move_command(
     throttle: bool,
     bandwidth_Bps: float | None,
     transport: str,
+    probe: str,
     dry_run: bool,
     timeout_s: float,
     as_json: bool,
@@ -163,6 +171,7 @@ def move_command(
         ),
         bandwidth_Bps=bandwidth_Bps,
         timeout_s=timeout_s,
+        probe=probe,
     )
     try:
         with terminated_like_interrupted():

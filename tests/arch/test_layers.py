@@ -19,10 +19,10 @@ PACKAGE_RULES = {
 
 # Inside migrate: a line imports only from lines below it, or from its own package. "" is migrate/__init__.py.
 MIGRATE_LAYERS = (
-    ("cli", "__main__", "probe"),
+    ("cli", "__main__"),
     ("", "lab", "experiment"),
-    ("cluster",),
-    ("serve",),
+    ("cluster", "probe"),
+    ("serve", "probe_scatter"),
     ("wiring", "trust", "checkpoint"),
     ("recover",),
     ("agent", "source", "target"),
@@ -30,14 +30,14 @@ MIGRATE_LAYERS = (
     ("session",),
     ("preflight",),
     ("rounds",),
-    ("inventory", "journal", "observe", "reports", "incoming", "memory_source", "phases", "guards"),
+    ("inventory", "journal", "observe", "reports", "incoming", "memory_source", "phases", "guards", "probing"),
     ("outgoing", "memory_target"),
     ("target_machine",),
     ("machine",),
     ("precopy",),
     ("report",),
     ("messages",),
-    ("plan", "wire"),
+    ("plan", "wire", "probe_window"),
     ("errors", "costs", "deferral"),
 )
 

@@ -60,6 +60,7 @@ FIELDS = [
     "started_at",
     "total_ms",
     "blackout_ms",
+    "downtime_ms",
     "memory_bytes",
     "sent_bytes",
     "rounds",
