@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,9 +39,14 @@ class Buffer:
 
 @dataclass(kw_only=True)
 class Counters:
-    """What the pager did so far; sizes are in bytes."""
+    """What the pager did so far; sizes are in bytes.
+
+    ``remote_faults`` are those for pages that had not come yet. ``longest_wait_ms`` is of one fault, from its reading.
+    """
 
     faults: int = 0
+    remote_faults: int = 0
+    longest_wait_ms: float = 0.0
     zero_faults: int = 0
     fault_bytes: int = 0
     filled_bytes: int = 0
@@ -50,13 +56,27 @@ class Counters:
 
 
 class StoreFile:
-    """The store of an address space, and who is still filled from it: after a fork several are."""
+    """The store of an address space, and who is still filled from it: after a fork several are.
 
-    def __init__(self, fd: int) -> None:
+    ``wanted``: offsets of pages that somebody waits for and that have not come yet; for the caller to ask for.
+    """
+
+    def __init__(self, fd: int, vpid: int = 0) -> None:
         self.fd = fd
+        self.vpid = vpid
         self.users = 0
         self.runs = KnownRuns(fd)
         """Of what is left in somebody's segments: what was consumed is in nobody's."""
+        self.wanted: list[int] = []
+        self._asked: set[int] = set()
+
+    def want(self, offset: int) -> bool:
+        """Noted once, whoever waits for it; whether it was new."""
+        if offset in self._asked:
+            return False
+        self._asked.add(offset)
+        self.wanted.append(offset)
+        return True
 
     def take(self) -> None:
         self.users += 1
@@ -73,13 +93,17 @@ class StoreFile:
 
 
 class Filling:
-    """One address space. Methods raise ProcessGone when it is no more, and KernelCallFailed."""
+    """One address space. Methods raise ProcessGone when it is no more, and KernelCallFailed.
+
+    ``segments`` are in the store, ``remote`` are still to come into it.
+    """
 
     def __init__(
         self,
         descriptor: int,
         store: StoreFile,
         segments: Segments,
+        remote: Segments,
         hot: Iterable[tuple[int, int]],
         buffer: Buffer,
         counters: Counters,
@@ -87,16 +111,29 @@ class Filling:
         os.set_blocking(descriptor, False)
         store.take()
         self.descriptor = descriptor
-        self._store = store
+        self.store = store
         self._segments = segments
+        self._remote = remote
         self._hot = deque(hot)
         self._buffer = buffer
         self._counters = counters
         self._waiting: deque[int] = deque()
+        self._parked: list[int] = []
+        self._since: dict[int, float] = {}
 
     @property
     def complete(self) -> bool:
-        return not self._segments and not self._waiting
+        return not (self._segments or self._remote or self._waiting or self._parked)
+
+    @property
+    def remote_bytes(self) -> int:
+        """What has not come yet."""
+        return self._remote.bytes
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to fill, or nothing left at all."""
+        return bool(self._segments) or self.complete
 
     @property
     def waiting(self) -> bool:
@@ -105,7 +142,18 @@ class Filling:
 
     def close(self) -> None:
         os.close(self.descriptor)
-        self._store.drop()
+        self.store.drop()
+
+    def arrived(self, start: int, end: int) -> None:
+        """What lies between these offsets of the store can be filled now."""
+        for segment in self._remote.take_stored(start, end):
+            self._segments.add(segment)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Who waits for a page that had not come: it may have come, moved, or be no more."""
+        self._waiting.extend(self._parked)
+        self._parked.clear()
 
     def listen(self, born: list[Filling]) -> None:
         """Read what the kernel has to say, obey, and answer who waits. Processes that came by fork go into ``born``,
@@ -119,14 +167,17 @@ class Filling:
     def _obey(self, message: FaultMessage, born: list[Filling]) -> None:
         if message.event == faults.UFFD_EVENT_PAGEFAULT:
             self._counters.faults += 1
-            self._waiting.append(message.second & -PAGE_BYTES)
+            address = message.second & -PAGE_BYTES
+            self._since.setdefault(address, time.monotonic())
+            self._waiting.append(address)
         elif message.event == faults.UFFD_EVENT_FORK:
             self._counters.forks += 1
             born.append(
                 Filling(
                     message.first & 0xFFFFFFFF,
-                    self._store,
+                    self.store,
                     self._segments.copy(),
+                    self._remote.copy(),
                     self._hot,
                     self._buffer,
                     self._counters,
@@ -135,12 +186,21 @@ class Filling:
         elif message.event == faults.UFFD_EVENT_REMAP:
             self._counters.moves += 1
             self._segments.move(message.first, message.second, message.third)
+            self._remote.move(message.first, message.second, message.third)
+            self._look_again()
         elif message.event in (faults.UFFD_EVENT_REMOVE, faults.UFFD_EVENT_UNMAP):
             self._counters.removals += 1
             self._segments.cut(message.first, message.second)
+            self._remote.cut(message.first, message.second)
+            self._look_again()
 
     def _answer(self, address: int) -> None:
         """Give the page somebody waits for, and its neighbours; put it back when memory is about to change."""
+        segment = self._remote.at(address)
+        if segment is not None:
+            self._parked.append(address)
+            self._counters.remote_faults += self.store.want(address - segment.start + segment.offset)
+            return
         try:
             done = self._copy_around(address) or self._zero(address)
         except TryAgain:
@@ -151,6 +211,10 @@ class Filling:
         if not done:
             # It exists already: filled between the fault and now.
             faults.wake(self.descriptor, address, PAGE_BYTES)
+        since = self._since.pop(address, None)
+        if since is not None:
+            waited_ms = (time.monotonic() - since) * 1000
+            self._counters.longest_wait_ms = max(self._counters.longest_wait_ms, waited_ms)
 
     def _copy_around(self, address: int) -> int:
         segment = self._segments.at(address)
@@ -159,14 +223,14 @@ class Filling:
         shift = segment.offset - segment.start
         low = max(segment.start, address & -AROUND_BYTES)
         high = min(segment.end, (address & -AROUND_BYTES) + AROUND_BYTES)
-        run = self._store.runs.next(address + shift, high + shift)
+        run = self.store.runs.next(address + shift, high + shift)
         if run is None or run[0] != address + shift:
             return 0
         try:
             done = self._copy(address, run[0], run[1])
         except NotRegistered:
             done = self._copy(address, run[0], PAGE_BYTES)  # as in _fill_page
-        before = self._store.runs.next(low + shift, address + shift) if done else None
+        before = self.store.runs.next(low + shift, address + shift) if done else None
         if before is not None:
             with contextlib.suppress(TryAgain, NotRegistered):
                 done += self._copy(before[0] - shift, *before)
@@ -185,12 +249,12 @@ class Filling:
         Raises TryAgain or NotRegistered where nothing could be done.
         """
         view = self._buffer.view[:length_bytes]
-        if os.preadv(self._store.fd, [view], offset) != length_bytes:
+        if os.preadv(self.store.fd, [view], offset) != length_bytes:
             raise OSError("the store ended within its pages")
         done = faults.copy(self.descriptor, address, self._buffer.address, length_bytes)
         settled = done or PAGE_BYTES
         self._segments.cut(address, address + settled)
-        self._store.consumed(offset, settled)
+        self.store.consumed(offset, settled)
         self._counters.filled_bytes += done
         return done
 
@@ -210,7 +274,7 @@ class Filling:
         if segment is None:
             return False
         shift = segment.offset - segment.start
-        run = self._store.runs.next(segment.offset, segment.end + shift)
+        run = self.store.runs.next(segment.offset, segment.end + shift)
         if run is None:
             self._segments.cut(segment.start, segment.end)
             return True

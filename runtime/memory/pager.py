@@ -22,6 +22,8 @@ PROGRAM = Path(__file__).with_name("pager_main.py")
 START_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 10.0
 MAX_MESSAGE_BYTES = 1 << 16
+# Of one message about arrivals, each at most 20 digits.
+_RUN_NUMBERS = 2000
 
 
 class PagerDied(RuntimeFault):
@@ -32,10 +34,13 @@ class PagerDied(RuntimeFault):
 class PagerReport:
     """What a pager did. ``complete_ms``: from the end of the restore until all memory was there; 0 when it is not yet.
 
-    ``faults`` are page faults somebody waited for, ``zero_faults`` those of them for pages that never existed.
+    ``faults`` are page faults somebody waited for, ``zero_faults`` those of them for pages that never existed,
+    ``remote_faults`` pages that had not arrived yet when somebody wanted them. ``longest_wait_ms`` is of one fault.
     """
 
     faults: int
+    remote_faults: int
+    longest_wait_ms: float
     zero_faults: int
     fault_bytes: int
     filled_bytes: int
@@ -94,18 +99,20 @@ class Pager:
         store: Store,
         spans: Iterable[tuple[int, int]],
         hot: Iterable[tuple[int, int]] = (),
+        remote: Iterable[tuple[int, int]] = (),
     ) -> None:
         """The memory of the task with this pid in the images: (start, end) of each mapping CRIU leaves to the pager.
 
         ``hot`` are filled first, in this order. The pager consumes the store; the caller may close its own end.
+        ``remote``, ascending: what is not in the store yet. The caller brings it, and says ``arrived``.
         """
         spans, hot = list(spans), list(hot)
         plan = os.memfd_create("cmigrate-plan", os.MFD_CLOEXEC)
         with open(plan, "r+b") as file:
-            file.write(b"".join(struct.pack("=QQ", start, end) for start, end in (*spans, *hot)))
+            file.write(b"".join(struct.pack("=QQ", start, end) for start, end in (*spans, *hot, *remote)))
             file.flush()
             file.seek(0)
-            self._tell("space", [store.fileno(), plan], vpid=vpid, spans=len(spans))
+            self._tell("space", [store.fileno(), plan], vpid=vpid, spans=len(spans), hot=len(hot))
 
     def listen(self, directory: Path) -> None:
         """CRIU's work directory: its socket is there when this returns, and the restore may begin."""
@@ -123,6 +130,25 @@ class Pager:
         """
         with contextlib.suppress(PagerDied):
             self._tell("fill")
+
+    def arrived(self, vpid: int, runs: Iterable[tuple[int, int]]) -> None:
+        """(address, size in bytes) of pages that are in the task's store now. Raises PagerDied."""
+        flat = [number for run in runs for number in run]
+        for first in range(0, len(flat), _RUN_NUMBERS):
+            self._tell("arrived", vpid=vpid, runs=flat[first : first + _RUN_NUMBERS])
+
+    def lose(self, why: str) -> None:
+        """Nothing will arrive any more: if anything is missing, the pager dies and the container with it."""
+        with contextlib.suppress(PagerDied):
+            self._tell("lose", why=why)
+
+    def next_want(self, timeout_s: float) -> tuple[int, int] | None:
+        """(pid, address) of a page that has not arrived and that somebody waits for; None when all memory is filled.
+
+        Raises PagerDied, or ProgramFailed when neither happens in time. For one thread, beside others that tell.
+        """
+        message = self._expect("want", timeout_s)
+        return None if self._ended else (int(message["vpid"]), int(message["offset"]))
 
     def report(self) -> PagerReport:
         """How far it is. Raises PagerDied."""

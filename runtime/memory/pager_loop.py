@@ -38,10 +38,15 @@ RETRY_MS = 1
 class _Plan:
     """What is known of a task before it exists."""
 
-    def __init__(self, store: StoreFile, spans: list[tuple[int, int]], hot: list[tuple[int, int]]) -> None:
+    def __init__(self, store: StoreFile, spans: list[tuple[int, int]], remote: list[tuple[int, int]]) -> None:
         self.store = store
         self.segments = Segments(spans)
-        self.hot = hot
+        self.remote = self.segments.part(remote)
+        self.hot: list[tuple[int, int]] = []
+
+    def arrived(self, start: int, end: int) -> None:
+        for segment in self.remote.take_stored(start, end):
+            self.segments.add(segment)
 
 
 class PagerLoop:
@@ -51,6 +56,7 @@ class PagerLoop:
         self._control = control
         self._guard = guard
         self._plans: dict[int, _Plan] = {}
+        self._stores: dict[int, StoreFile] = {}
         self._fillings: dict[int, Filling] = {}
         self._held: dict[int, int] = {}
         self._serial = 0
@@ -70,11 +76,13 @@ class PagerLoop:
         self._tell("ready", pid=os.getpid())
         stuck = False
         while not self._ended:
-            work = self._may_fill and bool(self._fillings)
+            work = self._may_fill and any(filling.has_work for filling in self._fillings.values())
             again = stuck or any(filling.waiting for filling in self._fillings.values())
             # Nothing to do but wait, or changing memory to wait for, or a look in passing.
             events = self._epoll.poll(RETRY_MS / 1000 if again else 0 if work else None)
             waited = self._hear_all([fd for fd, _event in events])
+            self._ask_for_wanted()
+            stuck = False
             if work and not self._ended:
                 stuck = not self._fill_one(FILL_BYTES_AMID_FAULTS if waited else FILL_BYTES)
             self._end_if_complete()
@@ -116,6 +124,8 @@ class PagerLoop:
             self._epoll.unregister(self._control)
             if self._criu is None and not self._resumed:
                 self._end()
+            else:
+                self._lose("the agent that had to bring it has ended")
             return
         message = json.loads(data)
         self._obey(message, descriptors)
@@ -130,6 +140,10 @@ class PagerLoop:
             self._listen_for_criu(*descriptors)
         elif op == "fill":
             self._may_fill = True
+        elif op == "arrived":
+            self._let_in(message["vpid"], message["runs"])
+        elif op == "lose":
+            self._lose(message["why"])
         elif op == "count":
             self._tell("counters", **self._numbers())
         elif op == "abandon":
@@ -138,8 +152,36 @@ class PagerLoop:
     def _learn_space(self, message: dict[str, Any], store: int, plan: int) -> None:
         with open(plan, "rb") as file:
             spans = list(_SPAN.iter_unpack(file.read()))
-        count = message["spans"]
-        self._plans[message["vpid"]] = _Plan(StoreFile(store), spans[:count], spans[count:])
+        vpid, count, hot = message["vpid"], message["spans"], message["hot"]
+        plan = self._plans[vpid] = _Plan(StoreFile(store, vpid), spans[:count], spans[count + hot :])
+        plan.hot = spans[count : count + hot]
+        self._stores[vpid] = plan.store
+
+    # What has not come yet
+
+    def _let_in(self, vpid: int, runs: list[int]) -> None:
+        """(offset, size in bytes) of what the caller has put into the store."""
+        store = self._stores[vpid]
+        users = [filling for filling in self._fillings.values() if filling.store is store]
+        for start, size in zip(runs[::2], runs[1::2], strict=True):
+            if vpid in self._plans:
+                self._plans[vpid].arrived(start, start + size)
+            for filling in users:
+                filling.arrived(start, start + size)
+
+    def _ask_for_wanted(self) -> None:
+        for store in self._stores.values():
+            for offset in store.wanted:
+                # A request that gets lost only delays: everything comes in its turn.
+                self._tell("want", vpid=store.vpid, offset=offset)
+            store.wanted.clear()
+
+    def _lose(self, why: str) -> None:
+        """Nothing will come any more. Without it the container can not live."""
+        missing = sum(filling.remote_bytes for filling in self._fillings.values())
+        missing += sum(plan.remote.bytes for plan in self._plans.values())
+        if missing:
+            raise RuntimeFault(f"{missing} bytes of memory were still missing: {why}")
 
     def _listen_for_criu(self, directory: int) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -179,7 +221,9 @@ class PagerLoop:
             if pid not in self._plans or not descriptors:
                 raise CorruptData(f"CRIU restores task {pid}, whose memory is not known here")
             plan = self._plans.pop(pid)
-            self._add(Filling(descriptors[0], plan.store, plan.segments, plan.hot, self._buffer, self._counters))
+            self._add(
+                Filling(descriptors[0], plan.store, plan.segments, plan.remote, plan.hot, self._buffer, self._counters)
+            )
 
     # Filling
 

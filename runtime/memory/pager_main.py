@@ -6,14 +6,20 @@ killed the container. Both ignore every signal that can be ignored, and neither 
 
 FD is one end of a SOCK_SEQPACKET pair: JSON datagrams, descriptors by SCM_RIGHTS.
   caller: {"op": "guard", "cgroups", "record"}              what to kill, and in which file to note that
-          {"op": "space", "vpid", "spans"} + [store, plan]  plan: pairs of u64 (start, end), the hot ones after "spans"
+          {"op": "space", "vpid", "spans", "hot"} + [store, plan]
+                                              plan: pairs of u64 (start, end): so many spans, so many hot ones, and
+                                              what is not in the store yet
           {"op": "listen"} + [directory]      lazy-pages.socket is there when "listening" is answered
           {"op": "fill"}                      the restore is at its end but held: begin to fill
+          {"op": "arrived", "vpid", "runs"}   offset, size, ...: this is in the store now
+          {"op": "lose", "why"}               nothing will arrive any more: die if anything is missing
           {"op": "count"}                     -> {"event": "counters", ...}
           {"op": "abandon"}                   the restore is given up, its tasks are dead: end
   pager:  {"event": "ready", "pid"}, "listening", "connected", "resumed", then "filled" with counters, and it ends
+          {"event": "want", "vpid", "offset"} somebody waits for a page that is not in the store yet
   guard:  {"event": "died", "what"}: the pager is dead, and so is the container
-The caller closing FD before CRIU has connected ends the pager; afterwards nobody needs to be there.
+The caller closing FD before CRIU has connected ends the pager; afterwards nobody needs to be there, unless something
+has not arrived yet: then that is the end of the container.
 """
 
 from __future__ import annotations

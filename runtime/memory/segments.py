@@ -22,6 +22,7 @@ class Segments:
         """In a store each page lies at its own address, so that is where they all begin."""
         self._segments = [Segment(start, end, start) for start, end in sorted(spans) if start < end]
         self._starts = [segment.start for segment in self._segments]
+        self._shifted = False
 
     def __bool__(self) -> bool:
         return bool(self._segments)
@@ -33,7 +34,54 @@ class Segments:
         other = Segments()
         other._segments = list(self._segments)
         other._starts = list(self._starts)
+        other._shifted = self._shifted
         return other
+
+    @property
+    def bytes(self) -> int:
+        return sum(segment.end - segment.start for segment in self._segments)
+
+    def add(self, segment: Segment) -> None:
+        """Put one in where none is."""
+        index = bisect_right(self._starts, segment.start)
+        self._segments.insert(index, segment)
+        self._starts.insert(index, segment.start)
+
+    def part(self, spans: Iterable[tuple[int, int]]) -> Segments:
+        """Take these spans, ascending, out of segments that nothing was done to yet; what was taken."""
+        taken, left = Segments(), Segments()
+        wanted = [span for span in spans if span[0] < span[1]]
+        index = 0
+        for segment in self._segments:
+            at = segment.start
+            while index < len(wanted) and wanted[index][1] <= at:
+                index += 1
+            while index < len(wanted) and wanted[index][0] < segment.end:
+                start, end = max(at, wanted[index][0]), min(wanted[index][1], segment.end)
+                left._append(segment, at, start)
+                taken._append(segment, start, end)
+                at = end
+                if wanted[index][1] > segment.end:
+                    break  # it reaches into the next one
+                index += 1
+            left._append(segment, at, segment.end)
+        self._segments, self._starts = left._segments, left._starts
+        return taken
+
+    def _append(self, segment: Segment, start: int, end: int) -> None:
+        if start < end:
+            self._segments.append(_clip(segment, start, end))
+            self._starts.append(start)
+
+    def take_stored(self, start: int, end: int) -> list[Segment]:
+        """Take out what lies between these offsets of the store, wherever it is in memory by now."""
+        if not self._shifted:
+            return self.cut(start, end)
+        found = []
+        for segment in list(self._segments):
+            shift = segment.start - segment.offset
+            found += self.cut(max(segment.start, start + shift), min(segment.end, end + shift))
+        return found
 
     def at(self, address: int) -> Segment | None:
         """The segment that holds this address."""
@@ -75,10 +123,9 @@ class Segments:
         moved = self.cut(source, source + length_bytes)
         self.cut(destination, destination + length_bytes)
         shift = destination - source
+        self._shifted = self._shifted or bool(moved)
         for segment in moved:
-            index = bisect_right(self._starts, segment.start + shift)
-            self._segments.insert(index, Segment(segment.start + shift, segment.end + shift, segment.offset))
-            self._starts.insert(index, segment.start + shift)
+            self.add(Segment(segment.start + shift, segment.end + shift, segment.offset))
 
 
 def _clip(segment: Segment, start: int, end: int) -> Segment:
