@@ -56,6 +56,7 @@ class Incoming:
             "space": self._open_space,
             "pages": self._receive_pages,
             "memory": self._receive_memory,
+            "remote": self._receive_remote,
         }
         while True:
             message = self._receive_control()
@@ -155,12 +156,12 @@ class Incoming:
 
     def _receive_memory(self, message: Mapping[str, Any]) -> None:
         """Of a running process: pages, and which pages are all zeros now."""
-        pid = message.get("id")
-        if not isinstance(pid, int) or not 0 < pid < 2**31:
-            raise ProtocolViolation("memory does not fit")
-        runs = [(run[0], run[1]) for run in _tuples(message.get("runs"), 2)]
-        zeros = [(run[0], run[1]) for run in _tuples(message.get("zeros"), 2)]
+        pid, runs, zeros = memory_of(message, "runs", "zeros")
         self._pages.memory(pid, runs, zeros, self._receive_whole)
+
+    def _receive_remote(self, message: Mapping[str, Any]) -> None:
+        """Pages that stay on the source until they are wanted, and pages that came as memory and are not lazy."""
+        self._pages.remote(*memory_of(message, "runs", "present"))
 
     def _receive_whole(self, view: memoryview) -> None:
         frame = self._receive_data(len(view), view)
@@ -172,6 +173,17 @@ class Incoming:
         for sink in self._sinks:
             with contextlib.suppress(OSError):
                 sink.close()
+
+
+def memory_of(
+    message: Mapping[str, Any], first: str, second: str
+) -> tuple[int, list[tuple[int, int]], list[tuple[int, int]]]:
+    """A task's pid inside and two lists of (address, pages). Raises ProtocolViolation."""
+    pid = message.get("id")
+    if not isinstance(pid, int) or not 0 < pid < 2**31:
+        raise ProtocolViolation("memory does not fit")
+    one, other = ([(run[0], run[1]) for run in _tuples(message.get(key), 2)] for key in (first, second))
+    return pid, one, other
 
 
 def _tuples(flat: object, width: int) -> list[tuple[int, ...]]:

@@ -44,6 +44,14 @@ class LiveMemory:
         """By pid inside the container: pages of which the target has the present content."""
         self.hidden: dict[int, PageRanges] = {}
         """Of those, the ones that CRIU does not get to see."""
+        self.keep_back = False
+        """Post-copy: what the target lacks at the end stays here until it asks."""
+        self.kept: dict[int, PageRanges] = {}
+        """That, after ``finish``, as far as CRIU is not asked about it; ``DifferenceSender`` adds the rest."""
+        self.hot: dict[int, PageRanges] = {}
+        """Of private memory, what was written since the last scan."""
+        self.pids: dict[int, int] = {}
+        """This host's pid by the one inside the container, of everything in the last scan."""
 
     @property
     def dirty_bytes(self) -> int:
@@ -99,12 +107,21 @@ class LiveMemory:
         dirty = 0
         for process in scan.processes:
             inside = pid_inside(process.pid)
+            if inside:
+                self.pids[inside] = process.pid
             if inside and not process.reason and not process.shares_memory_with:
                 self._forget_stale(inside, process)
                 known[inside] = self.fresh.get(inside, EMPTY)
                 if usable:
-                    hidden = long_stretches(known[inside] & anonymous_ranges(process.pid))
+                    anonymous = anonymous_ranges(process.pid)
+                    hidden = long_stretches(known[inside] & anonymous)
                     hideable[process.pid] = self.hidden[inside] = hidden
+                    if self.keep_back:
+                        kept = long_stretches((process.existing & anonymous) - known[inside])
+                        self.kept[inside] = kept
+                        hideable[process.pid] = hidden | kept
+                if self.keep_back:
+                    self.hot[inside] = process.dirty
                 dirty += process.to_copy.bytes
         self.fresh = known
         if page_filter is not None and usable:
@@ -131,7 +148,7 @@ class LiveMemory:
             with MemoryReader(pid) as reader:
                 for filled, data, zeros in reader.content(ranges, self._buffer):
                     self._tell_tracker(pid, filled, data, zeros)
-                    self._send(inside, filled, data, zeros)
+                    send_memory(self._out, inside, filled, data, zeros)
                     copied += ((address, address + size) for address, size in (*filled, *zeros))
         except (ProcessEnded, FileNotFoundError, ProcessLookupError):
             pass  # the next scan says so
@@ -145,11 +162,12 @@ class LiveMemory:
         for address, size in zeros:
             self._tracker.copied(pid, address, ZEROS[:size])
 
-    def _send(self, inside: int, filled: list[Range], data: memoryview, zeros: list[Range]) -> None:
-        message = {"type": "memory", "id": inside, "runs": _in_pages(filled), "zeros": _in_pages(zeros)}
-        self._out.control(message)
-        if filled:
-            self._out.data("pages", 0, [data])
+
+def send_memory(out: Outgoing, inside: int, filled: list[Range], data: memoryview, zeros: list[Range]) -> None:
+    """Pages of the task with this pid inside: ``data`` is the content of ``filled``; of ``zeros`` the news goes."""
+    out.control({"type": "memory", "id": inside, "runs": _in_pages(filled), "zeros": _in_pages(zeros)})
+    if filled:
+        out.data("pages", 0, [data])
 
 
 def _in_pages(ranges: list[Range]) -> list[int]:
@@ -183,16 +201,22 @@ def long_stretches(ranges: PageRanges) -> PageRanges:
 
 
 class DifferenceSender(PageSender):
-    """Consumer of the page server after pre-copy: what the target has is discarded, the rest sent, all of it named."""
+    """Consumer of the page server after pre-copy: what the target has is discarded, the rest sent, all of it named.
+
+    In post-copy the rest is discarded as well, as far as a restore can do without it, and noted as kept.
+    """
 
     def __init__(self, out: Outgoing, live: LiveMemory) -> None:
         super().__init__(out)
         self._live = live
         self._starts: list[int] = []
         self._ends: list[int] = []
+        self._kept: list[tuple[int, int]] = []
+        self._kept_of = 0
 
     def open(self, space: SpaceId) -> None:
         super().open(space)
+        self._kept_of = space.id
         ranges = self._live.fresh.get(space.id, EMPTY) if space.kind == "task" else EMPTY
         if space.kind == "task":
             for start, end in self._live.hidden.get(space.id, EMPTY).spans():
@@ -210,9 +234,22 @@ class DifferenceSender(PageSender):
                 # What is not lazy may differ from its file by being zero, which a store does not tell from a hole.
                 source.discard(until - address)
                 self.name(address, count, flags | HELD_FLAG)
+            elif self._live.keep_back and space.kind == "task" and flags & PE_LAZY:
+                source.discard(until - address)
+                self._kept.append((address, until))
             else:
                 super().run(space, address, count, flags, source)
             address = until
+
+    def flush(self) -> None:
+        super().flush()
+        self._note_kept()
+
+    def _note_kept(self) -> None:
+        if self._kept:
+            found = PageRanges.from_spans(self._kept)
+            self._live.kept[self._kept_of] = self._live.kept.get(self._kept_of, EMPTY) | found
+            self._kept = []
 
     def _stretch(self, address: int, end: int) -> tuple[int, bool]:
         """Up to where ``address`` has the same fate, and whether the target has it."""

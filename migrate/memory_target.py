@@ -13,10 +13,10 @@ from migrate.errors import ProtocolViolation
 from migrate.messages import HELD_FLAG
 from runtime.criu.images import PageImageWriter
 from runtime.criu.lazy_images import write_lazy_images
-from runtime.criu.page_protocol import PAGE_BYTES, PE_LAZY, SpaceId
+from runtime.criu.page_protocol import PAGE_BYTES, PE_LAZY, PE_PRESENT, SpaceId
 from runtime.memory.lazy import eager_is_better
 from runtime.memory.pager import Pager
-from runtime.memory.ranges import PageRanges
+from runtime.memory.ranges import EMPTY, PageRanges
 from runtime.memory.store import Store
 
 Run = tuple[int, int, int]
@@ -45,6 +45,10 @@ class PageSink(Protocol):
         """Pages of a running process: (address, pages) with bytes, and those that are all zeros now."""
         ...
 
+    def remote(self, pid: int, runs: Sequence[tuple[int, int]], present: Sequence[tuple[int, int]]) -> None:
+        """(address, pages) of a task that stay on the source for now, and that came as memory and must be there."""
+        ...
+
     def finish(self) -> None:
         """All has come: the images can be restored when this returns."""
         ...
@@ -65,6 +69,9 @@ class NoPages:
         self, pid: int, runs: Sequence[tuple[int, int]], zeros: Sequence[tuple[int, int]], receive: Receive
     ) -> None:
         self.open(SpaceId("task", pid))
+
+    def remote(self, pid: int, runs: Sequence[tuple[int, int]], present: Sequence[tuple[int, int]]) -> None:
+        raise ProtocolViolation("memory was kept back, and the mode has no post-copy")
 
     def finish(self) -> None:
         pass
@@ -88,7 +95,10 @@ class StorePages:
         self._runs: dict[SpaceId, list[Run]] = {}
         self._last: dict[SpaceId, list[tuple[int, int]]] = {}
         """Address spaces' pages that came after the freeze: who changed them was at work with them."""
+        self._remote: dict[SpaceId, list[tuple[int, int]]] = {}
         self.lazy = False
+        self.missing: dict[int, PageRanges] = {}
+        """By pid inside, after ``finish``: what the pager has to be brought; the stores are still open then."""
 
     def open(self, space: SpaceId) -> None:
         if space in self._runs or len(self._runs) >= MAX_SPACES:
@@ -119,6 +129,22 @@ class StorePages:
         self._last.setdefault(space, []).extend(sent)
         self._write(self._stores[space], sent, receive)
 
+    def remote(self, pid: int, runs: Sequence[tuple[int, int]], present: Sequence[tuple[int, int]]) -> None:
+        space = SpaceId("task", pid)
+        known = self._runs.get(space)
+        if known is None:
+            raise ProtocolViolation(f"memory of {space} was kept back before it was named")
+        known.extend((address, pages, PE_PRESENT) for address, pages in present)
+        spans = ((address, address + pages * PAGE_BYTES) for address, pages in runs)
+        self._remote.setdefault(space, []).extend(spans)
+
+    def take_stores(self) -> dict[int, Store]:
+        """By pid inside; from now on they are the caller's to fill and to close."""
+        stores = {space.id: store for space, store in self._stores.items() if space.kind == "task"}
+        self._stores = {space: store for space, store in self._stores.items() if space.kind != "task"}
+        self._close_stores()
+        return stores
+
     @staticmethod
     def _write(store: Store, runs: Sequence[tuple[int, int]], receive: Receive) -> None:
         size = sum(pages for _address, pages in runs) * PAGE_BYTES
@@ -134,7 +160,7 @@ class StorePages:
 
     def finish(self) -> None:
         wanted = sum(pages for runs in self._runs.values() for _address, pages, _flags in runs) * PAGE_BYTES
-        self.lazy = not eager_is_better(wanted, 0)
+        self.lazy = bool(self._remote) or not eager_is_better(wanted, 0)
         if self.lazy:
             self._finish_lazy()
         else:
@@ -169,13 +195,21 @@ class StorePages:
             # What was copied and is no more would otherwise be served as if it were.
             store.punch((start, end - start) for start, end in (here - exists).spans())
             eager[space] = [(start, end) for start, end, flags in spans if not flags & PE_LAZY]
+        remote = {space: PageRanges.from_spans(spans) for space, spans in self._remote.items()}
         named = {space: store for space, store in self._stores.items() if space in self._runs}
         for lazy in write_lazy_images(self._images, self._criu_version, named, eager=eager):
             space = SpaceId("task", lazy.vpid)
             hot = _hot(self._last.get(space, ()), lazy.spans)
-            self._pager.add_space(lazy.vpid, named[space], lazy.spans, hot)
+            missing = remote.pop(space, EMPTY)
+            if missing - PageRanges.from_spans(lazy.spans):
+                raise ProtocolViolation(f"memory of {space} was kept back that a restore can not do without")
+            self._pager.add_space(lazy.vpid, named[space], lazy.spans, hot, missing.spans())
+            self.missing[lazy.vpid] = missing
+        if remote:
+            raise ProtocolViolation("memory was kept back of tasks that are not there")
         self._pager.listen(self._images)
-        self._close_stores()
+        if not any(self.missing.values()):
+            self._close_stores()
 
     def _close_stores(self) -> None:
         """The pager has descriptors of its own by now."""

@@ -15,86 +15,34 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
 from migrate.errors import MigrateError, MoveRefused, NoCommonProtocol, PeerFailed, ProtocolViolation, describe
-from migrate.wire import (
-    MAX_LIST,
-    MAX_TEXT,
-    Check,
-    Unfit,
-    choice,
-    integer,
-    list_of,
-    map_of,
-    read_facts,
-    read_flag,
-    real,
-    text,
-    word,
+from migrate.fields import (
+    Count,
+    Digests,
+    Epoch,
+    Facts,
+    FindingList,
+    Flag,
+    Lines,
+    ModeName,
+    Mounts,
+    MoveId,
+    Neighbours,
+    Pipes,
+    ProtocolNumber,
+    Spec,
+    Standing,
+    Text,
+    Time,
+    Times,
+    Versions,
 )
-from runtime.api import ContainerSpec, spec_from_json
-from runtime.criu.options import ExternalMount
-from runtime.errors import BadInput, CorruptData
+from migrate.wire import MAX_TEXT, Check, Unfit, integer
 
 PROTOCOL = 1
 """The newest protocol this version speaks."""
 OLDEST_PROTOCOL = 1
 HELD_FLAG = 1 << 8
 """Beside CRIU's flags of a run in ``pages``: the target has these pages already, and no data follows for them."""
-
-
-def _read_spec(value: Any) -> ContainerSpec:
-    if not isinstance(value, dict):
-        raise Unfit("not a container spec")
-    try:
-        return spec_from_json(value)
-    except (CorruptData, BadInput) as error:
-        raise Unfit(error.what) from error
-
-
-def _read_mount(value: Any) -> ExternalMount:
-    if not isinstance(value, dict):
-        raise Unfit("not a mount")
-    line = text(MAX_TEXT)
-    return ExternalMount(key=line.read(value.get("key")), point=line.read(value.get("point")))
-
-
-def _read_pipes(value: Any) -> tuple[int, int]:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise Unfit("not two pipes")
-    inode = integer(0, 2**64 - 1)
-    return inode.read(value[0]), inode.read(value[1])
-
-
-def _read_finding(value: Any) -> dict[str, str]:
-    """As preflight's findings are: level, check, what, remedy."""
-    if not isinstance(value, dict):
-        raise Unfit("not a finding")
-    line = text(MAX_TEXT)
-    level = choice("blocker", "warning", "ok").read(value.get("level"))
-    return {"level": level, **{key: line.read(value.get(key, "")) for key in ("check", "what", "remedy")}}
-
-
-Text = Annotated[str, text(MAX_TEXT)]
-MoveId = Annotated[str, word(64)]
-Epoch = Annotated[int, integer(1, 2**63 - 1)]
-Count = Annotated[int, integer(0, 2**63 - 1)]
-ProtocolNumber = Annotated[int, integer(1, 2**31 - 1)]
-ModeName = Annotated[str, choice("stopcopy", "diskless", "precopy")]
-Flag = Annotated[bool, Check(read_flag)]
-Time = Annotated[float, Check(real)]
-Spec = Annotated[ContainerSpec, Check(_read_spec, lambda spec: spec.to_json())]
-Facts = Annotated[Mapping[str, Any], Check(read_facts, dict)]
-Versions = Annotated[Mapping[str, str], map_of(text(256))]
-Times = Annotated[Mapping[str, float], map_of(Check(real))]
-Digests = Annotated[Mapping[str, str], map_of(text(256), MAX_LIST)]
-Neighbours = Annotated[Mapping[str, str], map_of(text(64))]
-Mounts = Annotated[
-    tuple[ExternalMount, ...],
-    list_of(Check(_read_mount, lambda mount: {"key": mount.key, "point": mount.point})),
-]
-Pipes = Annotated[tuple[int, int], Check(_read_pipes, list)]
-Lines = Annotated[tuple[str, ...], list_of(text(MAX_TEXT), 64)]
-FindingList = Annotated[tuple[Mapping[str, str], ...], list_of(Check(_read_finding, dict), 256)]
-Standing = Annotated[str, choice("held", "running", "refused", "committed")]
 
 
 _CHECKS: dict[str, dict[str, Check]] = {}
@@ -269,10 +217,28 @@ class Running(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Want(Message):
+    """Post-copy: somebody on the target waits for this page of the task with this pid inside; the source sends it."""
+
+    TYPE: ClassVar[str] = "want"
+    id: Annotated[int, integer(1, 2**31 - 1)]
+    address: Annotated[int, integer(0, 2**57 - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole(Message):
+    """Post-copy: the target needs nothing of the source's memory any more; the source may throw its copy away."""
+
+    TYPE: ClassVar[str] = "whole"
+    move_id: MoveId
+
+
+@dataclass(frozen=True, kw_only=True)
 class Complete(Message):
     """After DONE: all memory is in place and all files are on the target's disk; the source need keep nothing.
 
-    ``fill_ms`` is 0 after an eager restore; ``faults`` had to be answered while the container ran.
+    ``fill_ms`` is 0 after an eager restore; ``faults`` had to be answered while the container ran, ``remote_faults`` by
+    the source. ``longest_wait_ms`` is of one fault.
     """
 
     TYPE: ClassVar[str] = "complete"
@@ -280,6 +246,8 @@ class Complete(Message):
     fill_ms: Time
     filled_bytes: Count = 0
     faults: Count = 0
+    remote_faults: Count = 0
+    longest_wait_ms: Time = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,7 +323,10 @@ class Ask(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Message):
-    """``held``: send COMMIT again. ``committed``: COMMIT is on this disk, running will follow. ``refused``: reclaim."""
+    """``held``: send COMMIT again. ``committed``: COMMIT is on this disk, running will follow. ``refused``: reclaim.
+
+    ``lost``: it ran here and was killed, because memory did not arrive that it could not live without.
+    """
 
     TYPE: ClassVar[str] = "answer"
     move_id: MoveId
@@ -363,7 +334,7 @@ class Answer(Message):
     state: Standing
 
 
-BULK_TYPES = ("tree-changes", "image", "space", "pages", "memory", "log")
+BULK_TYPES = ("tree-changes", "image", "space", "pages", "memory", "remote", "log")
 MESSAGES: dict[str, type[Message]] = {
     kind.TYPE: kind
     for kind in (
@@ -378,6 +349,8 @@ MESSAGES: dict[str, type[Message]] = {
         Ready,
         Commit,
         Running,
+        Want,
+        Whole,
         Complete,
         Done,
         Discard,

@@ -35,6 +35,8 @@ class Outgoing:
         self._deadline = deadline
         self.sent_bytes: Counter[str] = Counter()
         self._log_inode = self._log_size = 0
+        self.peer_may_speak = False
+        """Whether the target says other things than errors while data goes out, which somebody else then receives."""
 
     def control(self, message: Mapping[str, object]) -> None:
         before = self.channel.bytes_sent
@@ -43,7 +45,7 @@ class Outgoing:
 
     def data(self, kind: str, tag: int, buffers: Sequence[memoryview | bytes]) -> None:
         """One frame of bulk. Raises what the target says instead of listening: nothing else may come from it now."""
-        if self.channel.readable(0):
+        if not self.peer_may_speak and self.channel.readable(0):
             raise spoken_out_of_turn(self.channel.receive(deadline=self._deadline()).message())
         before = self.channel.bytes_sent
         self.channel.send_data(tag, buffers, deadline=self._deadline())

@@ -7,18 +7,18 @@ the container's end, which is why the operator had to allow it.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
 from migrate import messages
-from migrate.memory_source import LiveMemory, MemoryBatch
+from migrate.guards import signals_ignored
+from migrate.memory_source import LiveMemory, send_memory
 from migrate.outgoing import RUNS_PER_MESSAGE, Outgoing
 from runtime.criu.lazy_images import read_lazy_spans
-from runtime.errors import RuntimeFault
 from runtime.memory.ranges import EMPTY, PageRanges
+from runtime.memory.reader import MemoryReader, Range
 from runtime.memory.segments import Segment, Segments
 from transport.api import Deadline
 
@@ -41,13 +41,13 @@ class KeptMemory:
         self._out = out
         self._live = live
         self._buffer = memoryview(bytearray(PUSH_BYTES))
-        self._files: dict[int, int] = {}
+        self._readers: dict[int, MemoryReader] = {}
         self._left: dict[int, Segments] = {}
         self._ahead: tuple[int, int] | None = None
         self._hot: deque[tuple[int, int, int]] = deque()
         self._whole = False
-        self.wanted_pages = 0
-        """How many pages somebody asked for."""
+        self.pages_after = 0
+        """Bytes of pages that went over the wire after the container ran on the target."""
 
     @property
     def left_bytes(self) -> int:
@@ -60,7 +60,7 @@ class KeptMemory:
         for inside, kept in self._live.kept.items():
             if not kept:
                 continue
-            self._files[inside] = os.open(f"/proc/{self._live.pids[inside]}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            self._readers[inside] = MemoryReader(self._live.pids[inside])
             lazy, _rest = read_lazy_spans(images / f"mm-{inside}.img")
             remote = kept & PageRanges.from_spans(lazy)
             at_once = kept - remote
@@ -70,9 +70,12 @@ class KeptMemory:
             self._left[inside] = Segments(remote.spans())
             self._hot.extend((inside, start, end) for start, end in self._live.hot.get(inside, EMPTY).spans())
 
+        # Who was told of nothing asks for nothing, and has nothing to confirm.
+        self._whole = not self.left_bytes
+
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+        while self._readers:
+            self._readers.popitem()[1].close()
 
     def hear(self, kind: type[M], timeout_s: float) -> M:
         """The next message of the target, and until it comes, what it wants: nothing of it runs there yet, but a
@@ -91,7 +94,13 @@ class KeptMemory:
 
     def serve(self) -> None:
         """It runs there: everything goes over, what is wanted first, until the target says that it needs nothing."""
+        with signals_ignored():
+            self._serve()
+
+    def _serve(self) -> None:
+        before = self._out.sent_bytes["pages"]
         while not self._whole:
+            self.pages_after = self._out.sent_bytes["pages"] - before
             if self._out.channel.readable(0) or not self._push():
                 deadline = Deadline.after(SILENCE_TIMEOUT_S)
                 message = self._out.channel.receive(deadline=deadline).message()
@@ -103,7 +112,6 @@ class KeptMemory:
 
     def _give(self, want: messages.Want) -> None:
         """The page with its neighbours; nothing when it is on its way."""
-        self.wanted_pages += 1
         low = want.address & -AROUND_BYTES
         left = self._left.get(want.id)
         if left is not None and left.at(want.address) is not None:
@@ -141,16 +149,15 @@ class KeptMemory:
         return None
 
     def _send(self, inside: int, spans: Iterable[tuple[int, int]]) -> None:
-        batch = MemoryBatch(self._out, inside, self._buffer)
-        for start, end in spans:
-            for address in range(start, end, PUSH_BYTES):
-                size = min(end - address, PUSH_BYTES)
-                view = batch.room(size)
-                got = os.preadv(self._files[inside], [view], address)
-                if got != size:
-                    raise RuntimeFault(f"{size - got} bytes of the frozen memory at {address + got:#x} can not be read")
-                batch.add(address, size)
-        batch.flush()
+        ranges = [(start, end - start) for start, end in spans]
+        sent: list[Range] = []
+        for filled, data, zeros in self._readers[inside].content(ranges, self._buffer):
+            send_memory(self._out, inside, filled, data, zeros)
+            sent += (*filled, *zeros)
+        if sum(size for _address, size in sent) != sum(size for _address, size in ranges):
+            # Guard pages: what can not be read here can not be read there, but the target waits for news of it.
+            rest = _page_ranges(ranges) - _page_ranges(sent)
+            send_memory(self._out, inside, [], self._buffer[:0], [(start, end - start) for start, end in rest.spans()])
 
     def _name(self, inside: int, key: str, ranges: PageRanges) -> None:
         flat = [number for run in ranges for number in (run.address, run.pages)]
@@ -158,3 +165,7 @@ class KeptMemory:
             message: dict[str, object] = {"type": "remote", "id": inside, "runs": [], "present": []}
             message[key] = flat[first : first + 2 * RUNS_PER_MESSAGE]
             self._out.control(message)
+
+
+def _page_ranges(ranges: Iterable[Range]) -> PageRanges:
+    return PageRanges.from_spans((address, address + size) for address, size in ranges)

@@ -22,6 +22,8 @@ from migrate.memory_source import DifferenceSender, LiveMemory, PageThread
 from migrate.observe import Held, PhaseEnded, PhaseStarted, Warning
 from migrate.outgoing import Outgoing
 from migrate.phases import PhaseClock
+from migrate.plan import NEED_CONSENT
+from migrate.postcopy_source import KeptMemory
 from migrate.precopy import Budget
 from migrate.rounds import Gauges, Rounds, untracked_warning
 from runtime.api import Container, Status
@@ -92,6 +94,7 @@ class SourceMove:
         self._pages: PageThread | None = None
         self._live: LiveMemory | None = None
         self._filter: PageFilter | None = None
+        self._kept: KeptMemory | None = None
         self._undo = ExitStack()
         self._call_off = CallOff()
         self._budget = budget
@@ -149,12 +152,14 @@ class SourceMove:
             self._on(Event.COPIED)
             self._on(Event.DUMPED)
             self._mark("restore")
-            self._hear(messages.Ready, READY_TIMEOUT_S)
+            self._hear(messages.Ready, READY_TIMEOUT_S, self._kept)
             self._mark("switchover")
             with signals_ignored():
                 self._on(Event.TARGET_READY)
-                self.running = self._hear(messages.Running)
+                self.running = self._hear(messages.Running, kept=self._kept)
             self._mark("finish")
+        if self._kept is not None:
+            self._kept.serve()
         self._on(Event.TARGET_RUNNING)
 
     def _on(self, event: Event) -> None:
@@ -203,7 +208,9 @@ class SourceMove:
     def _send(self, message: messages.Message) -> None:
         self._out.control(message.to_message())
 
-    def _hear(self, kind: type[M], timeout_s: float = IDLE_TIMEOUT_S) -> M:
+    def _hear(self, kind: type[M], timeout_s: float = IDLE_TIMEOUT_S, kept: KeptMemory | None = None) -> M:
+        if kept is not None:
+            return kept.hear(kind, timeout_s)
         return kind.parse(self._session.channel.receive(deadline=Deadline.after(timeout_s)).message())
 
     def _send_offer(self) -> None:
@@ -219,8 +226,9 @@ class SourceMove:
         self._undo.callback(ours.close)
         with theirs:
             self._dump.prepare(page_socket=theirs, page_filter=self._filter)
-        tracker = make_tracker() if self._mode == "precopy" else StillTracker()
+        tracker = StillTracker() if self._mode == "diskless" else make_tracker()
         self._live = LiveMemory(self._cgroup.pids, self._out, tracker)
+        self._live.keep_back = self._mode in NEED_CONSENT
         self._undo.callback(self._live.close)
         self._pages = PageThread(ours, self._criu.version, DifferenceSender(self._out, self._live))
 
@@ -245,7 +253,7 @@ class SourceMove:
             self._send(messages.Done(move_id=self._move_id, epoch=FIRST_EPOCH, report=self._make_report(self)))
             # It runs there already; until its memory and files are whole there, the files here are kept.
             self._mark("complete")
-            self.complete = self._hear(messages.Complete, COMPLETE_TIMEOUT_S)
+            self.complete = self._hear(messages.Complete, COMPLETE_TIMEOUT_S, self._kept)
             self._containers.store.remove(self._container.id)
 
     # Doing
@@ -255,18 +263,22 @@ class SourceMove:
         for number in range(len(self._trees)):
             self._send_tree(number)
         self._out.log(self._log)
-        if self._live is not None and self._mode == "precopy":
+        if self._live is not None and self._mode != "diskless":
             self._mark("rounds")
             self._copy_memory(self._live)
         self._dump.note_neighbours()
 
     def _copy_memory(self, live: LiveMemory) -> None:
+        if self._mode == "postcopy":
+            live.scan()  # from now on what is written is known: it goes over first
+            return
         own_cpus = self._container.spec.limits.cpus
         gauges = Gauges(
             page_wire_bytes=lambda: self._out.sent_bytes["pages"], cpu_s=lambda: self._cgroup.stats().cpu_usage_s
         )
         self.rounds = Rounds(live, gauges, CpuThrottle(self._cgroup, own_cpus=own_cpus), self._observer, self._budget)
-        self.rounds.run()
+        if self.rounds.run().action == "postcopy":
+            live.keep_back = True
         if warning := untracked_warning(live.facts().untracked):
             self._observer.on_event(warning)
 
@@ -299,15 +311,13 @@ class SourceMove:
             self._mark("dump")
             self._dump.dump()
             return
-        self._mark("memory")
-        # Our reader is several times faster than CRIU's way through pipes, which is left with what changes until CRIU
-        # has seized the tasks: a system call that sleeps in the freezer goes on to its end then.
-        self._live.scan()
-        self._live.send()
+        live = self._live
+        if not live.keep_back:
+            self._copy_frozen(live)
         self._mark("dump")
         self._pages.start()
         try:
-            self._dump.dump(before_walk=self._finish_live)
+            self._dump.dump(before_walk=lambda: live.finish(self._filter))
         except CriuFailed as error:
             # Where the channel broke CRIU only saw its page server refuse: the channel's error is the cause.
             cause = self._pages.wait()
@@ -316,15 +326,21 @@ class SourceMove:
         if cause is not None:
             raise cause
 
-    def _finish_live(self) -> None:
-        assert self._live is not None
-        self._live.finish(self._filter)
+    def _copy_frozen(self, live: LiveMemory) -> None:
+        self._mark("memory")
+        # Our reader is several times faster than CRIU's way through pipes, which is left with what changes until CRIU
+        # has seized the tasks: a system call that sleeps in the freezer goes on to its end then.
+        live.scan()
+        live.send()
 
     def _send_state(self) -> None:
         self._mark("send")
         for number in range(len(self._trees)):
             self._send_tree(number)
         self._out.images(self._work.path)
+        if self._live is not None and self._live.keep_back:
+            self._kept = self._closing.enter_context(contextlib.closing(KeptMemory(self._out, self._live)))
+            self._kept.announce(self._work.path)
         state = self._container.state
         self._out.log(self._log)
         self._send(

@@ -17,6 +17,7 @@ from migrate.errors import MoveRefused, describe
 from migrate.incoming import Incoming
 from migrate.journal import Journal
 from migrate.memory_target import NoPages, PageSink, StorePages
+from migrate.postcopy_target import RemoteFeed
 from migrate.report import report_from_json
 from migrate.reports import ReportStore
 from migrate.session import Asked, package_version
@@ -28,7 +29,7 @@ from runtime.errors import CorruptData, CriuFailed
 from runtime.memory.pager import Pager
 from runtime.store import process_start_ticks
 from runtime.workdir import WorkDirectory
-from transport.api import ChannelClosed, Deadline, DeadlineExpired, Frame, FrameKind, TransportError
+from transport.api import Channel, ChannelClosed, Deadline, DeadlineExpired, Frame, FrameKind, TransportError
 
 # The source may be busy for long between two frames while CRIU walks memory there, but not for ever.
 IDLE_TIMEOUT_S = 600.0
@@ -52,7 +53,9 @@ class TargetMove:
 
     def __init__(self, asked: Asked, offer: messages.Offer) -> None:
         host = self._host = asked.host
-        self._channel = asked.channel
+        self._channel: Channel | RemoteFeed = asked.channel
+        self._asked = asked
+        self._feed: RemoteFeed | None = None
         self._offer = offer
         self._spec = offer.spec
         self._containers = Containers(host)
@@ -150,7 +153,7 @@ class TargetMove:
             (self._directory / name).mkdir(exist_ok=True)
         self._restore.prepare()
         self._incoming = Incoming(
-            self._channel,
+            self._asked.channel,
             trees=[self._directory / "upper", *self._restore.tmpfs_roots()],
             images=self._work.path,
             log=self._directory / "log.jsonl",
@@ -182,7 +185,17 @@ class TargetMove:
         self._incoming.finish()
         lazy = self._stores is not None and self._stores.lazy
         self._restore.neighbours = self._state.neighbours
+        self._bring_what_is_missing()
         self._restore.restore(self._state.mounts, self._state.pipes, auto_dedup=not lazy, lazy=lazy)
+
+    def _bring_what_is_missing(self) -> None:
+        """Post-copy. From here on the restore, too, may wait for a page that is still on the source."""
+        if self._stores is None or self._pager is None or not any(self._stores.missing.values()):
+            return
+        missing, stores = self._stores.missing, self._stores.take_stores()
+        self._feed = RemoteFeed(self._asked.channel, self._offer.move_id, self._pager, stores, missing)
+        self._channel = self._feed
+        self._feed.start()
 
     def _wait_for_commit(self) -> None:
         message = self._channel.receive(deadline=Deadline.after(COMMIT_TIMEOUT_S)).message()
@@ -202,6 +215,8 @@ class TargetMove:
         return kind.parse(message)
 
     def _undo(self) -> None:
+        if self._feed is not None:
+            self._feed.give_up()
         # First the pager: its guard would kill the cgroup of that name, which may be another's by then.
         if self._pager is not None:
             self._pager.abandon()
@@ -250,7 +265,8 @@ class TargetMove:
     def _wait_for_done(self) -> None:
         """The source may be gone by now; then the next agent start finds RESUMED and nothing is lost."""
         with contextlib.suppress(TransportError):
-            message = self._channel.receive(deadline=Deadline.after(DONE_TIMEOUT_S)).message()
+            timeout_s = DONE_TIMEOUT_S if self._feed is None else FILL_TIMEOUT_S
+            message = self._channel.receive(deadline=Deadline.after(timeout_s)).message()
             done = messages.Done.parse(message)
             self._on(Event.DONE)
             with contextlib.suppress(CorruptData):
@@ -267,15 +283,21 @@ class TargetMove:
         """
         assert self._incoming is not None
         pager = self._lazy_pager
-        fill_ms, filled_bytes, faults = 0.0, 0, 0
+        complete = messages.Complete(move_id=self._offer.move_id, fill_ms=0.0)
         if pager is not None:
             with pager:
+                if self._feed is not None:
+                    self._feed.wait_filled()
                 report = pager.wait(FILL_TIMEOUT_S)
-            fill_ms, filled_bytes, faults = report.complete_ms, report.filled_bytes, report.faults
+            complete = messages.Complete(
+                move_id=self._offer.move_id,
+                fill_ms=report.complete_ms,
+                filled_bytes=report.filled_bytes,
+                faults=report.faults,
+                remote_faults=report.remote_faults,
+                longest_wait_ms=report.longest_wait_ms,
+            )
         self._incoming.sync()
-        complete = messages.Complete(
-            move_id=self._offer.move_id, fill_ms=fill_ms, filled_bytes=filled_bytes, faults=faults
-        )
         with contextlib.suppress(TransportError):
             self._send(complete)
 

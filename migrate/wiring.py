@@ -15,6 +15,7 @@ from migrate import messages, preflight
 from migrate.errors import InDoubt, MigrateError, MoveRefused, RolledBack, describe, name_peer
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Warning
+from migrate.plan import NEED_CONSENT
 from migrate.precopy import Budget
 from migrate.probing import Probing, probe_words
 from migrate.recover import recover, standing
@@ -31,7 +32,7 @@ from runtime.host import HostConfig
 from transport.api import Deadline, Frame, TransportError
 from transport.pacing import PacedChannel, TokenBucket
 
-ModeName = Literal["auto", "stopcopy", "diskless", "precopy"]
+ModeName = Literal["auto", "stopcopy", "diskless", "precopy", "postcopy", "hybrid"]
 PREFLIGHT_TIMEOUT_S = 30.0
 UNDO_TIMEOUT_S = 15.0
 BURST_S = 0.05
@@ -50,6 +51,7 @@ class MoveOptions:
     dry_run: bool = False
     budget: Budget = field(default_factory=Budget)
     bandwidth_Bps: float | None = None
+    allow_postcopy: bool = False
     timeout_s: float = 20.0
     probe: str = ""
     """What a probe on this host asks meanwhile: an address as probing.py knows it, ``auto``, or nothing."""
@@ -98,6 +100,17 @@ def choose_mode(wanted: ModeName) -> str:
     return "diskless" if wanted == "auto" else wanted
 
 
+def check_consent(options: MoveOptions) -> None:
+    """Raises BadInput for a mode in which a host's death loses the container, unless the operator allows that."""
+    mode = options.mode if options.mode in NEED_CONSENT else options.budget.on_timeout
+    if mode in NEED_CONSENT and not options.allow_postcopy:
+        raise BadInput(
+            f"in mode {mode} the death of either host or of the link loses the container, from the switch until all of "
+            "its memory has arrived",
+            hint="add --allow-postcopy if that is acceptable, or use --mode precopy",
+        )
+
+
 def move(host: HostConfig, reference: str, to: str, options: MoveOptions, observer: Observer) -> MoveReport:
     """Move a container to another host; with ``dry_run`` only the checks.
 
@@ -105,6 +118,7 @@ def move(host: HostConfig, reference: str, to: str, options: MoveOptions, observ
     nothing wrong: nothing was moved). Otherwise raises MoveRefused, RolledBack, InDoubt or what failed before anything
     began; the report of that is kept, and shown to ``observer``, as well.
     """
+    check_consent(options)
     for line in recover(host):
         observer.on_event(Warning(what=line))
     containers = Containers(host)
@@ -196,7 +210,7 @@ def _move_locked(
             move_id=course.move_id,
             criu=criu,
             observer=held,
-            budget=options.budget,
+            budget=replace(options.budget, hybrid=course.mode == "hybrid"),
             lift_bandwidth=lift_bandwidth,
             make_report=lambda done: _moved(course, done).to_json(),
         )

@@ -61,10 +61,10 @@ def rounds_options(command: Callable[..., int]) -> Callable[..., int]:
         click.option("--max-bytes", type=_Parsed("size"), metavar="SIZE", help="Send at most this in rounds: 20g."),
         click.option(
             "--on-timeout",
-            type=click.Choice(["abort", "stopcopy"]),
+            type=click.Choice(["abort", "stopcopy", "postcopy"]),
             default="stopcopy",
             show_default=True,
-            help="When the downtime limit can not be met: roll back, or freeze nevertheless.",
+            help="When the downtime limit can not be met: roll back, freeze nevertheless, or let the rest follow.",
         ),
         click.option(
             "--throttle/--no-throttle",
@@ -90,7 +90,7 @@ def rounds_options(command: Callable[..., int]) -> Callable[..., int]:
 @click.option("--to", metavar="HOST", required=True, help="Where to; `cmigrate host ls` lists hosts.")
 @click.option(
     "--mode",
-    type=click.Choice(["auto", "stopcopy", "diskless", "precopy"]),
+    type=click.Choice(["auto", "stopcopy", "diskless", "precopy", "postcopy", "hybrid"]),
     default="auto",
     show_default=True,
     help="How.",
@@ -119,6 +119,11 @@ def rounds_options(command: Callable[..., int]) -> Callable[..., int]:
     help="Ask this service all the while and report the downtime: [KIND://]HOST:PORT[/PATH], with a kind of "
     "`cmigrate probe`; auto: the first port the container listens on.",
 )
+@click.option(
+    "--allow-postcopy",
+    is_flag=True,
+    help="Allow modes in which memory follows after the switch: until it is there, either host's death loses it all.",
+)
 @click.option("--dry-run", is_flag=True, help="Only check; list every reason why it could not be moved.")
 @click.option(
     "--timeout",
@@ -142,6 +147,7 @@ def move_command(
     bandwidth_Bps: float | None,
     transport: str,
     probe: str,
+    allow_postcopy: bool,
     dry_run: bool,
     timeout_s: float,
     as_json: bool,
@@ -152,6 +158,7 @@ def move_command(
     here until the target answers. With --json: events, and the report last.
     """
     host = open_host()
+    from migrate.errors import exit_code_for
     from migrate.observe import JsonLines, Terminal
     from migrate.precopy import Budget
     from migrate.wiring import MoveOptions, move
@@ -160,6 +167,7 @@ def move_command(
     options = MoveOptions(
         mode=mode,  # type: ignore[arg-type]  # click.Choice has checked these two
         transport=transport,  # type: ignore[arg-type]
+        allow_postcopy=allow_postcopy,
         dry_run=dry_run,
         budget=Budget(
             downtime_limit_ms=downtime_limit_ms,
@@ -178,8 +186,6 @@ def move_command(
             report = move(host, container, to, options, observer)
     except BaseException as error:
         if as_json and observer.report is not None:
-            from migrate.errors import exit_code_for
-
             # The report is the last line, and it holds the error.
             return exit_code_for(error)
         if isinstance(error, KeyboardInterrupt):

@@ -38,11 +38,18 @@ RETRY_MS = 1
 class _Plan:
     """What is known of a task before it exists."""
 
-    def __init__(self, store: StoreFile, spans: list[tuple[int, int]], remote: list[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        store: StoreFile,
+        spans: list[tuple[int, int]],
+        *,
+        hot: list[tuple[int, int]],
+        remote: list[tuple[int, int]],
+    ) -> None:
         self.store = store
         self.segments = Segments(spans)
         self.remote = self.segments.part(remote)
-        self.hot: list[tuple[int, int]] = []
+        self.hot = hot
 
     def arrived(self, start: int, end: int) -> None:
         for segment in self.remote.take_stored(start, end):
@@ -153,9 +160,10 @@ class PagerLoop:
         with open(plan, "rb") as file:
             spans = list(_SPAN.iter_unpack(file.read()))
         vpid, count, hot = message["vpid"], message["spans"], message["hot"]
-        plan = self._plans[vpid] = _Plan(StoreFile(store, vpid), spans[:count], spans[count + hot :])
-        plan.hot = spans[count : count + hot]
-        self._stores[vpid] = plan.store
+        self._stores[vpid] = StoreFile(store, vpid)
+        self._plans[vpid] = _Plan(
+            self._stores[vpid], spans[:count], hot=spans[count : count + hot], remote=spans[count + hot :]
+        )
 
     # What has not come yet
 

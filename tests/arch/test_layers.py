@@ -29,7 +29,7 @@ MIGRATE_LAYERS = (
     ("links",),
     ("session",),
     ("preflight",),
-    ("rounds",),
+    ("rounds", "postcopy_source", "postcopy_target"),
     ("inventory", "journal", "observe", "reports", "incoming", "memory_source", "phases", "guards", "probing"),
     ("outgoing", "memory_target"),
     ("target_machine",),
@@ -37,6 +37,7 @@ MIGRATE_LAYERS = (
     ("precopy",),
     ("report",),
     ("messages",),
+    ("fields",),
     ("plan", "wire", "probe_window"),
     ("errors", "costs", "deferral"),
 )
@@ -50,6 +51,7 @@ PURE_MODULES = (
     "migrate/precopy.py",
     "migrate/plan.py",
     "migrate/messages.py",
+    "migrate/fields.py",
     "migrate/report.py",
     "transport/frames.py",
 )

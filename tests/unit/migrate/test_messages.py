@@ -35,7 +35,9 @@ EXAMPLES: list[Message] = [
     messages.Offer(move_id="abc", epoch=1, mode="stopcopy", spec=SPEC, memory_bytes=1 << 40),
     messages.Prepared(move_id="abc", versions={"kernel": "6.12"}),
     messages.Frozen(move_id="abc"),
-    messages.Complete(move_id="abc", fill_ms=12.5, filled_bytes=4096, faults=3),
+    messages.Complete(move_id="abc", fill_ms=12.5, filled_bytes=4096, faults=3, remote_faults=2, longest_wait_ms=1.5),
+    messages.Want(id=7, address=0x7F0000001000),
+    messages.Whole(move_id="abc"),
     messages.Holding(move_id="abc"),
     messages.FrozenState(
         mounts=(ExternalMount(key="mask/proc/kcore", point="/proc/kcore"),),

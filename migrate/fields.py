@@ -1,0 +1,81 @@
+"""Types of the fields of control messages: what each one is in Python and how a peer's value for it is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from migrate.wire import (
+    MAX_LIST,
+    MAX_TEXT,
+    Check,
+    Unfit,
+    choice,
+    integer,
+    list_of,
+    map_of,
+    read_facts,
+    read_flag,
+    real,
+    text,
+    word,
+)
+from runtime.api import ContainerSpec, spec_from_json
+from runtime.criu.options import ExternalMount
+from runtime.errors import BadInput, CorruptData
+
+
+def _read_spec(value: Any) -> ContainerSpec:
+    if not isinstance(value, dict):
+        raise Unfit("not a container spec")
+    try:
+        return spec_from_json(value)
+    except (CorruptData, BadInput) as error:
+        raise Unfit(error.what) from error
+
+
+def _read_mount(value: Any) -> ExternalMount:
+    if not isinstance(value, dict):
+        raise Unfit("not a mount")
+    line = text(MAX_TEXT)
+    return ExternalMount(key=line.read(value.get("key")), point=line.read(value.get("point")))
+
+
+def _read_pipes(value: Any) -> tuple[int, int]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise Unfit("not two pipes")
+    inode = integer(0, 2**64 - 1)
+    return inode.read(value[0]), inode.read(value[1])
+
+
+def _read_finding(value: Any) -> dict[str, str]:
+    """As preflight's findings are: level, check, what, remedy."""
+    if not isinstance(value, dict):
+        raise Unfit("not a finding")
+    line = text(MAX_TEXT)
+    level = choice("blocker", "warning", "ok").read(value.get("level"))
+    return {"level": level, **{key: line.read(value.get(key, "")) for key in ("check", "what", "remedy")}}
+
+
+Text = Annotated[str, text(MAX_TEXT)]
+MoveId = Annotated[str, word(64)]
+Epoch = Annotated[int, integer(1, 2**63 - 1)]
+Count = Annotated[int, integer(0, 2**63 - 1)]
+ProtocolNumber = Annotated[int, integer(1, 2**31 - 1)]
+ModeName = Annotated[str, choice("stopcopy", "diskless", "precopy", "postcopy", "hybrid")]
+Flag = Annotated[bool, Check(read_flag)]
+Time = Annotated[float, Check(real)]
+Spec = Annotated[ContainerSpec, Check(_read_spec, lambda spec: spec.to_json())]
+Facts = Annotated[Mapping[str, Any], Check(read_facts, dict)]
+Versions = Annotated[Mapping[str, str], map_of(text(256))]
+Times = Annotated[Mapping[str, float], map_of(Check(real))]
+Digests = Annotated[Mapping[str, str], map_of(text(256), MAX_LIST)]
+Neighbours = Annotated[Mapping[str, str], map_of(text(64))]
+Mounts = Annotated[
+    tuple[ExternalMount, ...],
+    list_of(Check(_read_mount, lambda mount: {"key": mount.key, "point": mount.point})),
+]
+Pipes = Annotated[tuple[int, int], Check(_read_pipes, list)]
+Lines = Annotated[tuple[str, ...], list_of(text(MAX_TEXT), 64)]
+FindingList = Annotated[tuple[Mapping[str, str], ...], list_of(Check(_read_finding, dict), 256)]
+Standing = Annotated[str, choice("held", "running", "refused", "committed", "lost")]
