@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 import json
 import re
 import select
@@ -18,6 +16,7 @@ from typing import Any, Self
 from runtime.address import host_address
 from runtime.api import Container
 from runtime.errors import BadInput, WrongState
+from runtime.linux.tcp_table import listeners
 
 START_TIMEOUT_S = 10.0
 SETTLE_S = 0.3
@@ -26,7 +25,6 @@ END_TIMEOUT_S = 40.0
 _ADDRESS = re.compile(
     r"(?:(?P<kind>tcp|udp|http|redis|echo)://)?(?P<where>(?:\[[0-9a-fA-F:.]+\]|[^\s/:\[\]]+):\d{1,5})(?P<path>/\S*)?"
 )
-_LISTENING = "0A"  # net/tcp_states.h, TCP_LISTEN
 
 
 def probe_words(asked: str, container: Container) -> list[str]:
@@ -43,30 +41,13 @@ def probe_words(asked: str, container: Container) -> list[str]:
 def _first_listener(container: Container) -> str:
     """The lowest TCP port on which the container listens for others. UDP sockets do not tell whether they answer."""
     network = container.spec.network
-    ports = set()
-    if network is not None:
-        for name in ("tcp", "tcp6"):
-            with contextlib.suppress(OSError):
-                ports |= listening_ports(Path(f"/proc/{container.state.init_pid}/net/{name}").read_text())
+    ports = {listener.port for listener in listeners(container.state.init_pid) if not listener.loopback}
     if network is None or not ports:
         raise WrongState(
             f"--probe auto: container {container.name} listens on no TCP port",
             hint="give an address: --probe HOST:PORT",
         )
     return f"{host_address(network)}:{min(ports)}"
-
-
-def listening_ports(text: str) -> set[int]:
-    """TCP ports in /proc/PID/net/tcp or tcp6 on which something listens, but for those on loopback only."""
-    ports = set()
-    for line in text.splitlines()[1:]:
-        local, _remote, state = line.split()[1:4]
-        address, _, port = local.partition(":")
-        # The kernel prints each 32 bits in the order of this machine.
-        packed = b"".join(bytes.fromhex(address[n : n + 8])[::-1] for n in range(0, len(address), 8))
-        if state == _LISTENING and not ipaddress.ip_address(packed).is_loopback:
-            ports.add(int(port, 16))
-    return ports
 
 
 class Probing:

@@ -307,6 +307,9 @@ class SourceMove:
         self._send(messages.Frozen(move_id=self._move_id))
         self._hear(messages.Holding)
         self._dump.cut_off()
+        if self._dump.unaccepted:
+            what = f"{self._dump.unaccepted} connections wait to be accepted by the container, which does not: they end"
+            self._observer.on_event(Warning(what=what))
         if self._live is None or self._pages is None:
             self._mark("dump")
             self._dump.dump()

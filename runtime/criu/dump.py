@@ -27,6 +27,7 @@ from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, dump_request, external_mounts
 from runtime.criu.rpc import CriuSession
 from runtime.errors import CriuFailed
+from runtime.linux.tcp_table import waiting_connections
 from runtime.linux.vfork import tasks_in_vfork
 from runtime.neighbours import known_neighbours
 from runtime.network import ContainerNetwork, in_network_namespace
@@ -37,6 +38,10 @@ PREPARE_TIMEOUT_S = 30.0
 FREEZE_TIMEOUT_S = 10.0
 VFORK_ATTEMPTS = 200
 VFORK_PAUSE_S = 0.001
+# The first pauses are too short to be felt; a listener that has taken none after the fourth does not want to.
+ACCEPT_ATTEMPTS = 12
+ACCEPT_PATIENCE = 3
+ACCEPT_PAUSE_S = 0.001
 # CRIU is silent while it walks memory; 4 GiB take seconds here, a terabyte minutes.
 DUMP_TIMEOUT_S = 600.0
 FINISH_TIMEOUT_S = 60.0
@@ -58,6 +63,8 @@ class HeldDump:
         self.pipes: tuple[int, int] = (0, 0)
         self.neighbours: dict[str, str] = {}
         """Address -> MAC, as of the last ``note_neighbours``."""
+        self.unaccepted = 0
+        """Connections that nobody accepted until the end: they will be reset."""
         self.marks: dict[str, float] = {}
         """time.monotonic() of: freeze, frozen, seized, dumped, held, finished"""
 
@@ -136,6 +143,23 @@ class HeldDump:
     def cut_off(self) -> None:
         """No frame reaches the container any more; whoever holds them instead is ready."""
         self._network.disconnect()
+        self._let_accept()
+
+    def _let_accept(self) -> None:
+        """A connection that nobody has accepted can not be dumped, and its client would be reset. None comes any more,
+        so the container runs for moments until it has taken those that wait; one that does not keeps nobody waiting."""
+        init_pid = self.container.state.init_pid
+        self.unaccepted = waiting_connections(init_pid)
+        if not self.unaccepted:
+            return
+        for attempt in range(ACCEPT_ATTEMPTS):
+            self._cgroup.thaw()
+            time.sleep(ACCEPT_PAUSE_S * (1 + attempt))
+            self._freeze_outside_vfork()
+            before, self.unaccepted = self.unaccepted, waiting_connections(init_pid)
+            if not self.unaccepted or (attempt >= ACCEPT_PATIENCE and self.unaccepted == before):
+                break
+        ask_monitor(self._containers.host, self.container.id, "drain")
 
     def dump(self, before_walk: Callable[[], object] | None = None) -> None:
         """Until CRIU has written everything; then tasks are held twice, by CRIU and by the freezer.

@@ -50,6 +50,8 @@ def _common(options: Any, images_fd: int, log_file: str) -> None:
     options.log_file = log_file
     options.notify_scripts = True
     options.tcp_established = True
+    # What still waits to be accepted can not be dumped; HeldDump.cut_off sees to it that this is next to nothing.
+    options.tcp_skip_in_flight = True
     options.file_locks = True
     options.link_remap = True
     options.ghost_limit = GHOST_LIMIT_BYTES
