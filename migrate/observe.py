@@ -11,10 +11,11 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeAlias
 
+from migrate.plan import Prediction
 from migrate.report import MoveReport, Outcome
 
 if TYPE_CHECKING:
@@ -36,6 +37,16 @@ class MoveStarted:
     target: str
     mode: str
     transport: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What each mode is predicted to take, the chosen ``mode``, and ``why``."""
+
+    KIND: ClassVar[str] = "plan"
+    mode: str
+    why: str
+    predictions: tuple[Prediction, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +110,7 @@ class MoveEnded:
     report: MoveReport
 
 
-Event: TypeAlias = MoveStarted | PhaseStarted | Progress | RoundEnded | PhaseEnded | Warning | MoveEnded
+Event: TypeAlias = MoveStarted | Planned | PhaseStarted | Progress | RoundEnded | PhaseEnded | Warning | MoveEnded
 
 
 class Observer(Protocol):
@@ -112,8 +123,14 @@ def event_to_json(event: Event) -> dict[str, Any]:
     """One line of ``--json``: ``type`` and the event's fields; of a report, its own fields."""
     if isinstance(event, MoveEnded):
         return {"type": event.KIND, **event.report.to_json()}
-    fields = {name: round(value, 3) if isinstance(value, float) else value for name, value in _fields(event)}
-    return {"type": event.KIND, **fields}
+    if isinstance(event, Planned):
+        predictions = [rounded(dataclasses.asdict(prediction)) for prediction in event.predictions]
+        return {"type": event.KIND, "mode": event.mode, "why": event.why, "predictions": predictions}
+    return {"type": event.KIND, **rounded(dict(_fields(event)))}
+
+
+def rounded(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 3) if isinstance(value, float) else value for name, value in fields.items()}
 
 
 def _fields(event: Event) -> Iterator[tuple[str, Any]]:

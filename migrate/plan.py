@@ -178,7 +178,8 @@ def _in_one_go(facts: MoveFacts, mode: ModeName) -> Prediction:
     if mode == "stopcopy":
         # Written, sent, written and read: one after the other, each at its own speed.
         speed = 1 / (2 / facts.speeds.disk_Bps + 1 / facts.rate_Bps)
-    blackout = _frozen_ms(facts, sent_bytes=memory, sending_Bps=speed, restored_bytes=memory)
+    eager = memory if mode == "stopcopy" or not facts.lazy_restore else 0
+    blackout = _frozen_ms(facts, sent_bytes=memory, sending_Bps=speed, restored_bytes=eager)
     total = facts.setup_ms + _files_s(facts) * 1000 + blackout
     why = "all memory is copied while nothing runs"
     return Prediction(

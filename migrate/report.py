@@ -72,8 +72,10 @@ class MoveReport:
 
     ``blackout_ms`` runs from frozen on the source to running on the target, on the source's clock; None when the move
     ended before anything froze. ``downtime_ms`` is the longest time without an answer that a probe saw, if one ran.
-    ``memory_bytes`` is what the container had in memory. ``rounds`` counts passes of
-    pre-copy, so it is 0 without pre-copy. ``blockers`` are preflight's, as mappings with check, what and remedy.
+    ``memory_bytes`` is what the container had in memory. ``rounds`` counts passes of pre-copy, so it is 0 without
+    pre-copy. ``why`` the mode was taken; ``predicted_blackout_ms`` by the last round, else by the plan, None without
+    either; ``slowed_to_cpus`` None when the container ran at its own speed. ``blockers`` are preflight's, as mappings
+    with check, what and remedy.
     """
 
     id: str
@@ -91,6 +93,9 @@ class MoveReport:
     sent_bytes: SentBytes = field(default_factory=SentBytes)
     rounds: int = 0
     phases: tuple[PhaseTime, ...] = ()
+    why: str = ""
+    predicted_blackout_ms: float | None = None
+    slowed_to_cpus: float | None = None
     versions: Versions = field(default_factory=Versions)
     error: ReportedError | None = None
     blockers: tuple[Mapping[str, Any], ...] = ()
@@ -100,7 +105,7 @@ class MoveReport:
         """Plain JSON types; ``report_from_json`` gives the same value back. Nothing is left out."""
         data = dataclasses.asdict(self)
         data["outcome"] = str(self.outcome)
-        for name in ("blackout_ms", "downtime_ms", "total_ms"):
+        for name in ("blackout_ms", "downtime_ms", "total_ms", "predicted_blackout_ms"):
             data[name] = None if data[name] is None else round(data[name], 3)
         data["phases"] = [{"name": phase.name, "ms": round(phase.ms, 3)} for phase in self.phases]
         data["blockers"] = [dict(blocker) for blocker in self.blockers]

@@ -126,6 +126,11 @@ class SourceMove:
         }
 
     @property
+    def predicted_ms(self) -> float | None:
+        """The blackout as the last round foresaw it."""
+        return self.rounds.last.blackout_ms if self.rounds is not None and self.rounds.last is not None else None
+
+    @property
     def sent_bytes(self) -> Mapping[str, int]:
         return self._out.sent_bytes
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from migrate import messages, preflight
 from migrate.errors import InDoubt, MigrateError, MoveRefused, RolledBack, describe, name_peer
 from migrate.links import Session, connect
-from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Warning
-from migrate.plan import NEED_CONSENT
+from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Planned, Warning
+from migrate.plan import NEED_CONSENT, choose, choose_mode
 from migrate.precopy import Budget
 from migrate.probing import Probing, probe_words
 from migrate.recover import recover, standing
@@ -23,6 +23,7 @@ from migrate.report import MoveReport, Outcome, PhaseTime, ReportedError, SentBy
 from migrate.reports import ReportStore
 from migrate.session import HANDLERS, Asked, package_version
 from migrate.source import FIRST_EPOCH, SourceMove
+from migrate.survey import answer_measure, survey
 from migrate.target import handle_offer, handle_preflight
 from runtime.api import Container, Status
 from runtime.container import Containers, utc_now
@@ -70,6 +71,8 @@ class _Course:
     started_at: str = field(default_factory=utc_now)
     begin: float = field(default_factory=time.monotonic)
     memory_bytes: int = 0
+    why: str = ""
+    predicted_ms: float | None = None
     began: bool = False
     versions: Versions = field(default_factory=Versions)
 
@@ -79,6 +82,7 @@ def register_handlers() -> None:
     HANDLERS["offer"] = handle_offer
     HANDLERS["preflight"] = answer_preflight
     HANDLERS["ask"] = handle_ask
+    HANDLERS["measure"] = answer_measure
 
 
 def answer_preflight(asked: Asked, message: Mapping[str, Any]) -> None:
@@ -93,11 +97,6 @@ def handle_ask(asked: Asked, message: Mapping[str, Any]) -> None:
     question = messages.Ask.parse(message)
     state = standing(asked.host, question.move_id, question.epoch)
     asked.answer(messages.Answer(move_id=question.move_id, epoch=question.epoch, state=state).to_message())
-
-
-def choose_mode(wanted: ModeName) -> str:
-    """``auto`` is disk-less: it copies each page once and touches no disk."""
-    return "diskless" if wanted == "auto" else wanted
 
 
 def check_consent(options: MoveOptions) -> None:
@@ -128,7 +127,7 @@ def move(host: HostConfig, reference: str, to: str, options: MoveOptions, observ
         container=container.name,
         source=host.name,
         target=to,
-        mode=choose_mode(options.mode),
+        mode=options.mode,
     )
     held = Held(observer)
     try:
@@ -197,7 +196,10 @@ def _move_locked(
             kernel_source=platform.release(),
             python=platform.python_version(),
         )
+        planned = _plan(containers, container, session, course, options)
         held.on_event(_started(course))
+        if planned is not None:
+            held.on_event(planned)
         _check(containers, container, session, course, held)
         if options.dry_run:
             return _report(course, Outcome.REFUSED)
@@ -222,6 +224,22 @@ def _move_locked(
             error.add_note(f"phases: {source.clock.phases(time.monotonic())}")
             raise
         return _moved(course, source)
+
+
+def _plan(
+    containers: Containers, container: Container, session: Session, course: _Course, options: MoveOptions
+) -> Planned | None:
+    """Settle on a mode. Only where there is something to choose, or to show, is anything measured."""
+    if options.mode != "auto" and not options.dry_run:
+        plan = choose_mode(options.mode)
+    else:
+        facts = survey(containers, container, session.channel)
+        limit_ms = options.budget.downtime_limit_ms
+        plan = choose(options.mode, facts, downtime_limit_ms=limit_ms, allow_postcopy=options.allow_postcopy)
+    predictions = plan.predictions
+    course.mode, course.why = plan.mode, plan.reason
+    course.predicted_ms = next((found.blackout_ms for found in predictions if found.mode == plan.mode), None)
+    return Planned(mode=plan.mode, why=plan.reason, predictions=predictions) if predictions else None
 
 
 def _paced(session: Session, bandwidth_Bps: float | None) -> tuple[Session, Callable[[], None]]:
@@ -279,6 +297,8 @@ def _moved(course: _Course, source: SourceMove) -> MoveReport:
     return replace(
         _report(course, Outcome.MIGRATED),
         rounds=source.rounds.count if source.rounds is not None else 0,
+        predicted_blackout_ms=source.predicted_ms if source.predicted_ms is not None else course.predicted_ms,
+        slowed_to_cpus=source.rounds.throttled_cpus if source.rounds is not None else None,
         total_ms=(running_at - course.begin) * 1000,
         blackout_ms=(running_at - clock.at("freeze")) * 1000,
         sent_bytes=SentBytes(images=sent["images"], pages=sent["pages"], files=sent["files"], control=sent["control"]),
@@ -313,5 +333,7 @@ def _report(course: _Course, outcome: Outcome) -> MoveReport:
         started_at=course.started_at,
         total_ms=(time.monotonic() - course.begin) * 1000,
         memory_bytes=course.memory_bytes,
+        why=course.why,
+        predicted_blackout_ms=course.predicted_ms,
         versions=course.versions,
     )

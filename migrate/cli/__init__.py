@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "wait": ("migrate.cli.containers:wait_command", "Wait until containers end; print their exit codes."),
     "rm": ("migrate.cli.containers:rm_command", "Remove containers."),
     "move": ("migrate.cli.move:move_command", "Move a running container to another host."),
+    "plan": ("migrate.cli.plan:plan_command", "Predict what moving a container would take in each mode."),
     "checkpoint": ("migrate.cli.portable:checkpoint_command", "Write a container to a file."),
     "restore": ("migrate.cli.portable:restore_command", "Bring a container back from a file."),
     "probe": (

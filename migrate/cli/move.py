@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from migrate.cli.output import fail, json_option, open_host, terminated_like_interrupted
+from migrate.cli.plan import predictions_table
 
 if TYPE_CHECKING:
-    from migrate.observe import Event, Observer
+    from migrate.observe import Event, Observer, Planned
+    from migrate.precopy import Budget
     from migrate.report import MoveReport
 
 
@@ -22,12 +24,15 @@ class Noting:
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self.report: MoveReport | None = None
+        self.planned: Planned | None = None
 
     def on_event(self, event: Event) -> None:
-        from migrate.observe import MoveEnded
+        from migrate.observe import MoveEnded, Planned
 
         if isinstance(event, MoveEnded):
             self.report = event.report
+        if isinstance(event, Planned):
+            self.planned = event
         self._observer.on_event(event)
 
 
@@ -83,6 +88,26 @@ def rounds_options(command: Callable[..., int]) -> Callable[..., int]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _budget(
+    downtime_limit_ms: float,
+    max_rounds: int,
+    max_time_s: float | None,
+    max_bytes: float | None,
+    on_timeout: str,
+    throttle: bool,
+) -> Budget:
+    from migrate.precopy import Budget
+
+    return Budget(
+        downtime_limit_ms=downtime_limit_ms,
+        max_rounds=max_rounds,
+        max_time_s=math.inf if max_time_s is None else max_time_s,
+        max_bytes=math.inf if max_bytes is None else max_bytes,
+        on_timeout=on_timeout,  # type: ignore[arg-type]  # click.Choice has checked it
+        throttle=throttle,
+    )
 
 
 @click.command("move")
@@ -160,7 +185,6 @@ def move_command(
     host = open_host()
     from migrate.errors import exit_code_for
     from migrate.observe import JsonLines, Terminal
-    from migrate.precopy import Budget
     from migrate.wiring import MoveOptions, move
 
     observer = Noting(JsonLines(sys.stdout) if as_json else Terminal(sys.stderr))
@@ -169,14 +193,7 @@ def move_command(
         transport=transport,  # type: ignore[arg-type]
         allow_postcopy=allow_postcopy,
         dry_run=dry_run,
-        budget=Budget(
-            downtime_limit_ms=downtime_limit_ms,
-            max_rounds=max_rounds,
-            max_time_s=math.inf if max_time_s is None else max_time_s,
-            max_bytes=math.inf if max_bytes is None else max_bytes,
-            on_timeout=on_timeout,  # type: ignore[arg-type]
-            throttle=throttle,
-        ),
+        budget=_budget(downtime_limit_ms, max_rounds, max_time_s, max_bytes, on_timeout, throttle),
         bandwidth_Bps=bandwidth_Bps,
         timeout_s=timeout_s,
         probe=probe,
@@ -193,4 +210,6 @@ def move_command(
         raise
     if dry_run and not as_json:
         click.echo(f"{report.container} can move to {report.target}: {report.mode} by {report.transport}")
+        if observer.planned is not None:
+            click.echo("\n".join(predictions_table(observer.planned)))
     return 0

@@ -26,7 +26,7 @@ MIGRATE_LAYERS = (
     ("wiring", "trust", "checkpoint"),
     ("recover",),
     ("agent", "source", "target"),
-    ("links",),
+    ("links", "survey"),
     ("session",),
     ("preflight",),
     ("rounds", "postcopy_source", "postcopy_target"),

@@ -85,6 +85,23 @@ def test_one_round_is_all_when_no_more_are_allowed(writer: TwoHosts) -> None:
     assert lines[-1]["outcome"] == "migrated"
 
 
+def test_a_plan_shows_every_mode_and_moves_nothing_and_auto_does_what_it_says(writer: TwoHosts) -> None:
+    (planned,) = [
+        line for line in writer.lines("host1", "plan", "w", "--to", "host2", "--json") if line["type"] == "plan"
+    ]
+    assert {"stopcopy", "diskless", "precopy"} <= {found["mode"] for found in planned["predictions"]}
+    assert all(found["blackout_ms"] > 0 for found in planned["predictions"])
+    said = writer.cmigrate("host1", "move", "w", "--to", "host2", "--dry-run").stdout
+    assert "w can move to host2" in said
+    assert "stopcopy" in said
+    (line,) = writer.lines("host1", "ps", "--json")
+    assert (line["name"], line["status"]) == ("w", "running")
+    report = writer.lines("host1", "move", "w", "--to", "host2", "--json")[-1]
+    assert (report["outcome"], report["mode"]) == ("migrated", "precopy")
+    assert report["why"]
+    assert report["predicted_blackout_ms"] > 0
+
+
 @pytest.mark.parametrize(
     "wrong", [("--bandwidth", "fast"), ("--bandwidth", "1kbit"), ("--max-rounds", "0"), ("--on-timeout", "never")]
 )
