@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 def predictions_table(planned: Planned) -> list[str]:
     """For people: each mode with what it would take, the chosen one marked."""
     from migrate.observe import mebibytes
+    from migrate.plan import NEED_CONSENT
 
     lines = [f"  {'MODE':<10}{'BLACKOUT':>12}{'TOTAL':>12}{'COMPLETE':>12}{'TRAFFIC':>14}  "]
     for found in planned.predictions:
         mark = "*" if found.mode == planned.mode else " "
         times = "".join(f"{value:>9.0f} ms" for value in (found.blackout_ms, found.total_ms, found.complete_ms))
-        lines.append(f"{mark} {found.mode:<10}{times}{mebibytes(found.sent_bytes):>14}  {found.why}")
+        consent = " (needs --allow-postcopy)" if found.mode in NEED_CONSENT else ""
+        lines.append(f"{mark} {found.mode:<10}{times}{mebibytes(found.sent_bytes):>14}  {found.why}{consent}")
     return [*lines, f"* {planned.mode}: {planned.why}"]
 
 
