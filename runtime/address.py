@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from collections.abc import Iterable
+from dataclasses import replace
 
 from runtime.api import NetworkSpec
 from runtime.errors import BadInput, NoRoom
@@ -70,6 +71,25 @@ def _checked(wanted: str, subnet: ipaddress.IPv4Network, taken: set[_Address]) -
     if chosen in taken:
         raise BadInput(f"--ip {wanted} is taken", hint="leave --ip out to get a free one")
     return chosen
+
+
+def with_ipv6(network: NetworkSpec, host: HostConfig, wanted: str, used: Iterable[str]) -> NetworkSpec:
+    """The same with an IPv6 address (prefix length 64 where none is given) and the host's IPv6 gateway as way out, if
+    that is in the same network. Raises BadInput."""
+    hint = "an address for containers, such as fd00:88::5/64"
+    try:
+        interface = ipaddress.IPv6Interface(wanted if "/" in wanted else f"{wanted}/64")
+        gateway = ipaddress.IPv6Interface(host.gateway6).ip if host.gateway6 else None
+        taken = {ipaddress.IPv6Interface(address).ip for address in used if address}
+    except ValueError as error:
+        raise BadInput(f"--ip6 {wanted}: {error}", hint=hint) from error
+    address = interface.ip
+    if address.is_link_local or address.is_multicast or address.is_loopback or address.is_unspecified:
+        raise BadInput(f"--ip6 {wanted} can not be a container's", hint=hint)
+    if address in taken or address == gateway:
+        raise BadInput(f"--ip6 {wanted} is taken", hint="give another one")
+    way_out = str(gateway) if gateway is not None and gateway in interface.network else ""
+    return replace(network, address6=str(interface), gateway6=way_out)
 
 
 def _free(container_id: str, subnet: ipaddress.IPv4Network, taken: set[_Address]) -> ipaddress.IPv4Address:

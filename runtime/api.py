@@ -64,11 +64,16 @@ class RestartPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSpec:
-    """The container's own address (with prefix length), MAC and way out. They move with the container."""
+    """The container's own address (with prefix length), MAC and way out. They move with the container.
+
+    ``address6`` and ``gateway6`` are the same for IPv6, empty where it has none.
+    """
 
     address: str
     mac: str
     gateway: str
+    address6: str = ""
+    gateway6: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,12 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
+from runtime.announcements import ARPOP_REQUEST, ETH_P_ARP
 from runtime.api import NetworkSpec
 from runtime.errors import KernelCallFailed
 from runtime.facts import LowerFile
 from runtime.linux.elf import read_elf
 from runtime.linux.inroot import open_regular_in_root
-from runtime.network import ARPOP_REQUEST, ETH_P_ARP
 
 ARPOP_REPLY = 2
 _ETHERNET_BYTES = 14

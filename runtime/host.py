@@ -20,7 +20,8 @@ class HostConfig:
     ``state_dir`` survives a reboot (containers, reports, journals); ``run_dir`` does not and must be a tmpfs.
     ``cgroup_parent`` is a path below each cgroup hierarchy's root. ``subnet`` is where container addresses come from,
     ``gateway`` their way out. ``bridge_address`` (with prefix length) is the bridge's own where that is not the
-    gateway's. ``stream_port`` is where ``cmigrate serve`` listens.
+    gateway's. ``gateway6`` (with prefix length) is the bridge's IPv6 address and the containers' way out.
+    ``stream_port`` is where ``cmigrate serve`` listens.
     """
 
     name: str
@@ -32,6 +33,7 @@ class HostConfig:
     subnet: str = "10.88.0.0/16"
     gateway: str = "10.88.0.1"
     bridge_address: str = ""
+    gateway6: str = ""
     stream_listen: str = "0.0.0.0"
     stream_port: int = 7477
 

@@ -41,6 +41,7 @@ def known_neighbours(host: HostConfig, init_pid: int, network: NetworkSpec) -> d
         return {}
     if gateway_of(host, network):
         found.pop(network.gateway, None)
+        found.pop(network.gateway6, None)
     return dict(list(found.items())[:MAX_NEIGHBOURS])
 
 
@@ -80,6 +81,8 @@ class NeighbourTable:
         entries = dict(list(known.items())[:MAX_NEIGHBOURS])
         if self._gateway_mac:
             entries[self._network.gateway] = self._gateway_mac
+            if self._network.gateway6:
+                entries[self._network.gateway6] = self._gateway_mac
         if entries:
             self._socket, self._orders = in_network_namespace(init_pid, lambda: _orders(entries))
 

@@ -14,7 +14,6 @@ import errno
 import ipaddress
 import secrets
 import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,17 +25,15 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from runtime import nft
 from runtime.address import allocate_address, host_address, mac_for, subnet_of
+from runtime.announcements import announcements, ipv6_interface, protocol_of
 from runtime.api import NetworkSpec, PortMapping
-from runtime.errors import BadInput, KernelCallFailed, RuntimeFault
+from runtime.errors import KernelCallFailed, RuntimeFault
 from runtime.host import HostConfig
 from runtime.linux import calls
 from runtime.nft import run_nft
 
 LINK_INSIDE = "eth0"
 LOOPBACK_INDEX = 1  # in every network namespace
-# linux/if_ether.h, linux/if_arp.h
-ETH_P_ARP = 0x0806
-ARPOP_REQUEST = 1
 # Written in the container's namespace before its first instruction: path below /proc/sys/net -> value.
 SYSCTLS = {
     # CRIU can not dump MPTCP sockets, and Go's listeners are MPTCP by default since 1.24.
@@ -47,6 +44,11 @@ SYSCTLS = {
     # request is lost: the next one comes after this time, and the default is a second.
     f"ipv4/neigh/{LINK_INSIDE}/retrans_time_ms": "20",
     f"ipv4/neigh/{LINK_INSIDE}/mcast_solicit": "50",
+    f"ipv6/neigh/{LINK_INSIDE}/retrans_time_ms": "20",
+    f"ipv6/neigh/{LINK_INSIDE}/mcast_solicit": "50",
+    # Addresses are ours to give, at once: no second of waiting whether somebody else has one, no router's advice.
+    f"ipv6/conf/{LINK_INSIDE}/accept_dad": "0",
+    f"ipv6/conf/{LINK_INSIDE}/accept_ra": "0",
 }
 
 T = TypeVar("T")
@@ -73,8 +75,15 @@ def ensure_bridge(host: HostConfig) -> None:
         with _tolerating(errno.EEXIST):
             address, _, prefix = own.partition("/")
             netlink.addr("add", index=index, address=address, prefixlen=int(prefix))
+        if host.gateway6:
+            gateway = ipv6_interface(host.gateway6)
+            with _tolerating(errno.EEXIST):
+                prefix6 = gateway.network.prefixlen
+                netlink.addr("add", index=index, family=socket.AF_INET6, address=str(gateway.ip), prefixlen=prefix6)
         netlink.link("set", index=index, state="up")
     _set_sysctl("ipv4/ip_forward", "1")
+    if host.gateway6:
+        _set_sysctl("ipv6/conf/all/forwarding", "1")
     _set_sysctl(f"ipv4/conf/{host.bridge}/route_localnet", "1")
     chains = run_nft(nft.host_rules(bridge=host.bridge, subnet=host.subnet) + "list chains\n")
     nft.allow_forwarding(host.bridge, chains)
@@ -167,7 +176,7 @@ class ContainerNetwork:
         self._table = nft.container_table(container_id)
         self._netlink: IPRoute | None = None
         self._inside: socket.socket | None = None
-        self._announcement = b""
+        self._announcements: tuple[bytes, ...] = ()
         self._link_index: int | None = None
         self._bridge_index: int | None = None
         self._hairpin = False
@@ -196,7 +205,7 @@ class ContainerNetwork:
 
         Raises KernelCallFailed, and BadInput for an address that is none; nothing is left on the host then.
         """
-        self._announcement = gratuitous_arp(network)
+        self._announcements = announcements(network)
         self.look_up()
         try:
             with _netlink_call(f"link {self._name}"):
@@ -233,7 +242,7 @@ class ContainerNetwork:
 
     def open_inside(self, init_pid: int, network: NetworkSpec) -> None:
         """For a container that runs already: get ready to ``announce`` its address."""
-        self._announcement = gratuitous_arp(network)
+        self._announcements = announcements(network)
         with _netlink_call(f"namespace of {init_pid}"):
             self._inside = in_network_namespace(init_pid, _packet_socket)
 
@@ -258,11 +267,12 @@ class ContainerNetwork:
                 self._socket().link("set", index=self._link_index, master=0)
 
     def announce(self, times: int = 3) -> None:
-        """Gratuitous ARP from inside the container's namespace: every bridge on the way learns where the MAC is."""
+        """Gratuitous ARP, for IPv6 a neighbour advertisement, from inside the container's namespace: every bridge on
+        the way learns where the MAC is."""
         if self._inside is not None:
             with _netlink_call(f"announcement by {LINK_INSIDE}"):
-                for _ in range(times):
-                    self._inside.sendto(self._announcement, (LINK_INSIDE, ETH_P_ARP))
+                for frame in self._announcements * times:
+                    self._inside.sendto(frame, (LINK_INSIDE, protocol_of(frame)))
 
     def publish(self, ports: Sequence[PortMapping], network: NetworkSpec) -> None:
         """Lead host ports to the container, from other hosts and from this one. Raises BadInput, ProgramFailed."""
@@ -330,27 +340,22 @@ def _configure_inside(network: NetworkSpec) -> socket.socket:
         netlink.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
         netlink.link("set", index=index, state="up")
         netlink.route("add", dst="default", gateway=network.gateway)
+        if network.address6:
+            _configure_ipv6(netlink, index, network)
     return _packet_socket()
+
+
+def _configure_ipv6(netlink: IPRoute, index: int, network: NetworkSpec) -> None:
+    interface = ipv6_interface(network.address6)
+    prefix = interface.network.prefixlen
+    netlink.addr("add", index=index, family=socket.AF_INET6, address=str(interface.ip), prefixlen=prefix)
+    if network.gateway6:
+        netlink.route("add", family=socket.AF_INET6, dst="default", gateway=network.gateway6, oif=index)
 
 
 def _packet_socket() -> socket.socket:
     # Of protocol 0 and not bound: it receives nothing, and binding it would take the kernel 10 ms (synchronize_net).
     return socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-
-
-def gratuitous_arp(network: NetworkSpec) -> bytes:
-    """An ARP announcement (RFC 5227, section 3): sender and target address are the container's. Raises BadInput."""
-    address = ipaddress.IPv4Address(host_address(network)).packed
-    try:
-        mac = bytes.fromhex(network.mac.replace(":", ""))
-        ipaddress.IPv4Address(network.gateway)
-    except ValueError as error:
-        raise BadInput(f"network of the container: {error}") from error
-    if len(mac) != 6:
-        raise BadInput(f"{network.mac!r} is no MAC address")
-    ethernet = b"\xff" * 6 + mac + struct.pack("!H", ETH_P_ARP)
-    arp = struct.pack("!HHBBH", 1, 0x0800, 6, 4, ARPOP_REQUEST) + mac + address + b"\0" * 6 + address
-    return ethernet + arp
 
 
 __all__ = [

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from pyroute2 import IPRoute
 
+from runtime.announcements import announcements, is_for, solicited_mac
 from runtime.api import NetworkSpec
 from runtime.errors import KernelCallFailed
 from runtime.host import HostConfig
-from runtime.network import ETH_P_ARP, gratuitous_arp, link_name
+from runtime.network import link_name
 
 # linux/if_tun.h
 _TUNSETIFF = 0x400454CA
@@ -40,7 +41,9 @@ class PacketHold:
         self._bridge = host.bridge
         self._name = tap_name(container_id)
         self._link = link_name(container_id)
-        self._network = network
+        self._mac = bytes.fromhex(network.mac.replace(":", ""))
+        self._solicited = solicited_mac(network)
+        self._announcements = announcements(network)
         self._tap = -1
         self._sender: socket.socket | None = None
         self._netlink: IPRoute | None = None
@@ -70,7 +73,8 @@ class PacketHold:
         if self._netlink is None:
             return
         self._netlink.link("set", index=self._tap_index, master=self._bridge_index)
-        os.write(self._tap, gratuitous_arp(self._network))
+        for frame in self._announcements:
+            os.write(self._tap, frame)
 
     def hand_over(self) -> None:
         """Send what waited into the container's link, which is on the bridge and announced by now.
@@ -80,10 +84,8 @@ class PacketHold:
         """
         if self._tap < 0 or self._sender is None:
             return
-        mac = bytes.fromhex(self._network.mac.replace(":", ""))
         while (frame := self._next()) is not None:
-            broadcast_arp = frame[:6] == b"\xff" * 6 and frame[12:14] == struct.pack("!H", ETH_P_ARP)
-            if frame[:6] == mac or broadcast_arp:
+            if is_for(frame, self._mac, self._solicited):
                 with contextlib.suppress(OSError):
                     self._sender.sendto(frame, (self._link, 0))
                     self.handed_over += 1

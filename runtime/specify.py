@@ -6,9 +6,9 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+from runtime.address import allocate_address, with_ipv6
 from runtime.api import ContainerSpec
 from runtime.container import Containers, utc_now
-from runtime.network import allocate_address
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # Two words as docker does it, so that a container nobody named can be said aloud.
@@ -23,6 +23,7 @@ def new_spec(
     name: str = "",
     env: Sequence[str] = (),
     ip: str = "",
+    ip6: str = "",
     network: bool = True,
     **fields: Any,
 ) -> ContainerSpec:
@@ -33,6 +34,10 @@ def new_spec(
     container_id = containers.store.new_id()
     known = containers.store.known_specs()
     used = [spec.network.address for spec in known if spec.network is not None]
+    chosen = allocate_address(containers.host, container_id, used, ip) if network else None
+    if chosen is not None and ip6:
+        used6 = [spec.network.address6 for spec in known if spec.network is not None]
+        chosen = with_ipv6(chosen, containers.host, ip6, used6)
     given = {variable.partition("=")[0] for variable in env}
     defaults = [] if "PATH" in given else [f"PATH={DEFAULT_PATH}"]
     return ContainerSpec(
@@ -40,7 +45,7 @@ def new_spec(
         name=name or _free_name({spec.name for spec in known}),
         argv=tuple(argv),
         env=(*defaults, *env),
-        network=allocate_address(containers.host, container_id, used, ip) if network else None,
+        network=chosen,
         created_at=utc_now(),
         **fields,
     )

@@ -36,6 +36,7 @@ RUN_OPTIONS = (
     click.option("-p", "--publish", metavar="[ADDRESS:]PORT:PORT[/udp]", multiple=True, help="Publish a port."),
     click.option("--hostname", metavar="NAME", default="", help="Host name inside (default: the name)."),
     click.option("--ip", metavar="ADDRESS", default="", help="The container's address; it moves along."),
+    click.option("--ip6", metavar="ADDRESS[/LENGTH]", default="", help="An IPv6 address beside it; it moves along."),
     click.option("--network", type=click.Choice(["bridge", "none"]), default="bridge", help="none: loopback only."),
     click.option("-m", "--memory", metavar="SIZE", help="Memory limit: 512m, 2g."),
     click.option("--cpus", type=float, metavar="N", help="Processors it may use: 0.5, 2."),
@@ -65,8 +66,8 @@ def spec_fields(options: dict[str, Any]) -> dict[str, Any]:
     restart = words.parse_restart(options["restart"])
     if options["auto_remove"] and restart.name != "no":
         raise click.UsageError("--rm and --restart contradict each other")
-    if options["network"] == "none" and (options["publish"] or options["ip"]):
-        raise click.UsageError("--network none has neither --ip nor ports to publish")
+    if options["network"] == "none" and (options["publish"] or options["ip"] or options["ip6"]):
+        raise click.UsageError("--network none has neither --ip nor --ip6 nor ports to publish")
     name = words.parse_name(options["name"])
     return {
         "name": name,
@@ -89,6 +90,7 @@ def spec_fields(options: dict[str, Any]) -> dict[str, Any]:
         "auto_remove": options["auto_remove"],
         "labels": tuple(words.parse_label(text) for text in options["label"]),
         "ip": options["ip"],
+        "ip6": options["ip6"],
         "network": options["network"] != "none",
     }
 

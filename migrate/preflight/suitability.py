@@ -199,6 +199,14 @@ def _address(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Find
                 f"{address} belongs to container {holder.name} of {view.host.name}",
                 f"cmigrate rm {holder.name} there, if it is not needed",
             )
+    for holder in view.holders:
+        same = holder.network is not None and network.address6 and _ip(holder.network.address6) == _ip(network.address6)
+        if same and holder.id != wanted.spec.id:
+            yield blocker(
+                "address",
+                f"{network.address6} belongs to container {holder.name} of {view.host.name}",
+                f"cmigrate rm {holder.name} there, if it is not needed",
+            )
     # On a shared network it is the container itself, still on the source, that answers.
     if view.address_at and view.address_at != network.mac.lower():
         yield blocker(

@@ -93,7 +93,14 @@ def _read_spec(value: Any) -> ContainerSpec:
     ports = all(isinstance(port.host_port, int) and isinstance(port.host_address, str) for port in spec.ports)
     volumes = all(isinstance(v.source, str) and v.source.startswith("/") for v in spec.volumes)
     network = spec.network is None or all(
-        isinstance(value, str) for value in (spec.network.address, spec.network.mac, spec.network.gateway)
+        isinstance(value, str)
+        for value in (
+            spec.network.address,
+            spec.network.mac,
+            spec.network.gateway,
+            spec.network.address6,
+            spec.network.gateway6,
+        )
     )
     if not ports or not volumes or not network or not isinstance(spec.rootfs, str) or "\0" in spec.rootfs:
         raise Unfit("no container spec that fits")

@@ -72,9 +72,9 @@ class Program:
 
 
 @contextmanager
-def running(hosts: TwoHosts, service: Service) -> Iterator[Running]:
+def running(hosts: TwoHosts, service: Service, *options: str) -> Iterator[Running]:
     with nothing_left_on(hosts, *HOSTS):
-        container = hosts.run(service)
+        container = hosts.run(service, *options)
         try:
             yield container
         finally:
@@ -138,3 +138,46 @@ def test_new_connections_all_the_time_are_all_answered_and_nearly_all_datagrams(
         assert seen["failed"] <= lost, json.dumps(seen)
         assert seen["resets"] == 0
         assert seen["requests"] > 100
+
+
+ECHO6 = """
+import socket, threading
+server = socket.create_server(("::", 8000), family=socket.AF_INET6, dualstack_ipv6=True, backlog=64)
+def serve(connection):
+    with connection:
+        while data := connection.recv(65536):
+            connection.sendall(data)
+while True:
+    threading.Thread(target=serve, args=(server.accept()[0],)).start()
+"""
+ADDRESS6, CLIENT6 = "fd00:88::5", "fd00:88::9/64"
+
+
+@pytest.fixture
+def client6(two_hosts: TwoHosts) -> Iterator[None]:
+    """An IPv6 address for the lab's client."""
+    link = ("ip", "address", "add", CLIENT6, "dev", "lab0", "nodad")
+    two_hosts.lab.exec("client", list(link), check=True, timeout=10)
+    yield
+    two_hosts.lab.exec("client", ["ip", "address", "del", CLIENT6, "dev", "lab0"], check=True, timeout=10)
+
+
+def test_an_ipv6_connection_moves_with_its_address_and_its_client_waits_no_longer_than_the_blackout(
+    two_hosts: TwoHosts, client6: None
+) -> None:
+    with running(two_hosts, Program(ECHO6, 8000), "--ip6", ADDRESS6) as container:
+        assert container.inspect()["spec"]["network"]["address6"] == f"{ADDRESS6}/64"
+        probe = Probe(two_hosts.lab, "echo", f"[{ADDRESS6}]:8000")
+        try:
+            time.sleep(0.3)
+            probe.mark()
+            for mode in ("diskless", "precopy", "stopcopy"):
+                report = container.move(mode, "stream")
+                time.sleep(0.5)
+                seen = probe.mark()
+                assert (seen["failed"], seen["resets"], seen["out_of_sequence"]) == (0, 0, 0)
+                # A neighbour that had to be asked for again after its time would cost a second.
+                assert seen["downtime_ms"] < report["blackout_ms"] + 400
+        finally:
+            total = probe.end()
+        assert (total["failed"], total["last"]) == (0, total["requests"])

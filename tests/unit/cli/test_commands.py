@@ -51,7 +51,7 @@ def options_of(*arguments: str) -> dict[str, Any]:
 
 def test_without_options_the_defaults_are_the_specs_own() -> None:
     fields = spec_fields(options_of())
-    own = ("ip", "network", "name", "env", "rootfs")
+    own = ("ip", "ip6", "network", "name", "env", "rootfs")
     spec = ContainerSpec(
         id="0123456789ab",
         name="x",
@@ -64,6 +64,7 @@ def test_without_options_the_defaults_are_the_specs_own() -> None:
     assert spec == plain
     assert {name: fields[name] for name in own} == {
         "ip": "",
+        "ip6": "",
         "network": True,
         "name": "",
         "env": (),
@@ -75,7 +76,20 @@ def test_every_option_of_run_reaches_the_spec(tmp_path: Path) -> None:
     fields = spec_fields(
         options_of(
             *("--name", "web1", "--rootfs", str(tmp_path), "-e", "A=1", "--env", "B=2", "-w", "/srv", "-u", "33:33"),
-            *("-v", f"{tmp_path}:/data:ro", "--tmpfs", "/run", "-p", "8080:80", "--hostname", "h", "--ip", "10.88.0.9"),
+            *(
+                "-v",
+                f"{tmp_path}:/data:ro",
+                "--tmpfs",
+                "/run",
+                "-p",
+                "8080:80",
+                "--hostname",
+                "h",
+                "--ip",
+                "10.88.0.9",
+                "--ip6",
+                "fd00:88::9",
+            ),
             *("-m", "64m", "--cpus", "1.5", "--pids-limit", "50", "--read-only", "--cap-add", "NET_ADMIN"),
             *("--cap-drop", "ALL", "--security-opt", "seccomp=unconfined", "--userns", "host", "--no-init"),
             *("--restart", "on-failure:3", "--label", "x=y"),
@@ -102,6 +116,7 @@ def test_every_option_of_run_reaches_the_spec(tmp_path: Path) -> None:
         "auto_remove": False,
         "labels": (("x", "y"),),
         "ip": "10.88.0.9",
+        "ip6": "fd00:88::9",
         "network": True,
     }
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from runtime import nft
 from runtime.address import allocate_address, host_address, mac_for, subnet_of
+from runtime.announcements import gratuitous_arp
 from runtime.api import NetworkSpec, PortMapping
 from runtime.errors import BadInput, NoRoom
 from runtime.host import HostConfig
-from runtime.network import gratuitous_arp, link_name
+from runtime.network import link_name
 from runtime.nft import ForwardChain, dropping_chains, forwarding_rules, published_rules, rule
 
 DATA = Path(__file__).parents[2] / "data"
