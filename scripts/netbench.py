@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -146,7 +147,7 @@ def _summary(load: str, lines: list[dict[str, Any]], broken: int) -> dict[str, A
         "type": "load",
         "load": load,
         "moves": len(lines),
-        "over_ms": {"median": statistics.median(over), "p99": over[int((len(over) - 1) * 0.99)], "worst": over[-1]},
+        "over_ms": {"median": statistics.median(over), "p99": over[math.ceil(len(over) * 0.99) - 1], "worst": over[-1]},
         "failed": sum(line["failed"] for line in lines),
         "resets": sum(line["resets"] for line in lines),
         "broken": broken,

@@ -181,3 +181,37 @@ def test_an_ipv6_connection_moves_with_its_address_and_its_client_waits_no_longe
         finally:
             total = probe.end()
         assert (total["failed"], total["last"]) == (0, total["requests"])
+
+
+def test_a_container_moves_away_from_its_neighbour_and_back_and_their_connection_holds(two_hosts: TwoHosts) -> None:
+    """The neighbour asks a line a few milliseconds apart, over one connection, and says how far it came."""
+    asks = (
+        "import socket, sys, time\n"
+        "s = socket.create_connection((sys.argv[1], 8000)); s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)\n"
+        "n = 0\n"
+        "while True:\n"
+        "    s.sendall(b'%d' % n); assert s.recv(100) == b'%d' % n; n += 1\n"
+        "    open('/var/tmp/n', 'w').write(str(n)); time.sleep(0.003)\n"
+    )
+
+    class Asks(Program):
+        name = "asks"
+
+        def command(self, client: object) -> tuple[str, ...]:
+            return ("/usr/bin/python3", "-c", asks, server.address)
+
+        def open(self, place: Any) -> None:
+            time.sleep(0.5)
+
+    with running(two_hosts, Program(ODD_SOCKETS, 8000)) as server, ExitStack() as stack:
+        neighbour = two_hosts.run(Asks("", 0))
+        stack.callback(neighbour.remove)
+        assert server.host == neighbour.host
+        before = 0
+        for container in (server, neighbour, server, server):
+            container.move("diskless", "stream")
+            time.sleep(0.3)
+            count = int(neighbour.exec("sh", "-c", "cat /var/tmp/n || cat /var/tmp/n") or "0")
+            assert count > before, f"the connection stands still after a move of {container.name}"
+            before = count
+            assert neighbour.inspect()["state"]["status"] == "running"
