@@ -9,7 +9,7 @@ import os
 import shutil
 
 from migrate import machine, messages, target_machine
-from migrate.errors import MigrateError
+from migrate.errors import MigrateError, ProtocolViolation
 from migrate.journal import Journal, MoveJournal, read_all, read_one
 from migrate.links import connect
 from runtime.api import Container, Status
@@ -30,7 +30,12 @@ def recover(host: HostConfig) -> list[str]:
     """Settle what can be settled without asking anybody; a line for each thing done or still open."""
     told: list[str] = []
     for journal in read_all(host.journal_dir):
-        if journal.damage or journal.phase in _SETTLED or not journal.records:
+        if journal.damage or not journal.records:
+            continue
+        if journal.phase in _SETTLED:
+            if (journal.side, journal.phase) == ("source", "DONE"):
+                with contextlib.suppress(Busy, NotFound):
+                    told += _forget_moved(host, journal)
             continue
         with contextlib.suppress(Busy):
             told += _source(host, journal) if journal.side == "source" else _target(host, journal)
@@ -56,21 +61,49 @@ def _source(host: HostConfig, journal: MoveJournal) -> list[str]:
         shutil.rmtree(host.state_dir / "moves" / journal.move_id, ignore_errors=True)
 
 
+def _forget_moved(host: HostConfig, journal: MoveJournal) -> list[str]:
+    """A mover that died after DONE has left the container's files here, kept until the target was complete."""
+    containers = Containers(host)
+    details = journal.records[0].details
+    container_id, target = str(details.get("container", "")), str(details.get("target", ""))
+    if containers.get(container_id).state.status is not Status.MOVED:
+        return []
+    with containers.locked(container_id, "recovery", wait_s=0.0) as container:
+        if container.state.status is not Status.MOVED:
+            return []
+        try:
+            answer = _ask(host, journal, target)
+        except (TransportError, MigrateError, RuntimeFault):
+            return []  # they take room here and do no harm
+        if answer.state != "running":
+            return []
+        containers.clean_up(container.id)
+        containers.store.remove(container.id)
+        return [f"move {journal.move_id}: {container.name} is on {target}, what was left of it here is removed"]
+
+
+def _ask(host: HostConfig, journal: MoveJournal, target: str) -> messages.Answer:
+    """Where the move stands there. Raises what a connection raises; ProtocolViolation for an answer about another."""
+    epoch = journal.records[-1].epoch
+    with connect(host, target, deadline=Deadline.after(ASK_TIMEOUT_S)) as session:
+        deadline = Deadline.after(ASK_TIMEOUT_S)
+        question = messages.Ask(move_id=journal.move_id, epoch=epoch)
+        session.channel.send(Frame.control(question.to_message()), deadline=deadline)
+        answer = messages.Answer.parse(session.channel.receive(deadline=deadline).message())
+    if (answer.move_id, answer.epoch) != (journal.move_id, epoch):
+        raise ProtocolViolation(f"{target} answered for another move")
+    return answer
+
+
 def _settle_doubt(
     host: HostConfig, journal: MoveJournal, containers: Containers, container: Container, target: str
 ) -> str:
     """COMMIT was on this disk: only the target knows. The copy here stays frozen until it has answered."""
-    name, epoch = container.name, journal.records[-1].epoch
+    name = container.name
     try:
-        with connect(host, target, deadline=Deadline.after(ASK_TIMEOUT_S)) as session:
-            deadline = Deadline.after(ASK_TIMEOUT_S)
-            question = messages.Ask(move_id=journal.move_id, epoch=epoch)
-            session.channel.send(Frame.control(question.to_message()), deadline=deadline)
-            answer = messages.Answer.parse(session.channel.receive(deadline=deadline).message())
+        answer = _ask(host, journal, target)
     except (TransportError, MigrateError, RuntimeFault) as error:
         return f"move {journal.move_id} of {name} is in doubt, its copy here stays frozen: {error}"
-    if (answer.move_id, answer.epoch) != (journal.move_id, epoch):
-        return f"move {journal.move_id} of {name} is in doubt: {target} answered for another move"
     if answer.state == "running":
         containers.cgroup(container.id).kill()
         containers.clean_up(container.id)
