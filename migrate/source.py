@@ -33,7 +33,7 @@ from runtime.criu.dump import HeldDump
 from runtime.criu.filter.build import build_filter
 from runtime.criu.filter.table import PageFilter
 from runtime.criu.pages import page_socketpair
-from runtime.errors import CriuFailed, MissingFeature
+from runtime.errors import CriuFailed, MissingFeature, RuntimeFault
 from runtime.host import HostConfig
 from runtime.linux.procfs import parse_shared_writable
 from runtime.memory.tracker import make_tracker
@@ -369,6 +369,7 @@ class SourceMove:
         self._undo.pop_all()
         self._work.close()
         self._containers.clean_up(self._container.id)
+        self._forward_ports()
         # Until the target is complete the files stay, for whoever has to find out what became of it.
         gone = dataclasses.replace(
             self._container.state,
@@ -378,6 +379,12 @@ class SourceMove:
             moved_to=self._session.entry.name,
         )
         self._containers.store.write_state(self._container.id, gone)
+
+    def _forward_ports(self) -> None:
+        try:
+            self._containers.forward_ports(self._container.spec)
+        except RuntimeFault as error:
+            self._observer.on_event(Warning(what=f"published ports do not lead to the target from here: {error}"))
 
 
 def _event_of(error: BaseException) -> Event:

@@ -21,6 +21,7 @@ from pathlib import Path
 from runtime.api import Container, ContainerSpec, ContainerState, Status
 from runtime.cgroup import CgroupLayout, CgroupStats, ContainerCgroup
 from runtime.errors import Busy, NotFound, RuntimeFault, WrongState
+from runtime.forwarding import forward_ports
 from runtime.host import HostConfig
 from runtime.linux.files import open_in_root
 from runtime.network import ContainerNetwork, ensure_bridge
@@ -283,6 +284,11 @@ class Containers:
             # Only a monitor sees mounts there; deleting through them would empty the container's own root.
             raise WrongState(f"{run_dir} is mounted here", hint="this runs in a monitor's mount namespace")
         shutil.rmtree(run_dir, ignore_errors=True)
+
+    def forward_ports(self, spec: ContainerSpec) -> None:
+        """The container has moved away: its published ports lead to it from here for a while. Raises ProgramFailed."""
+        if spec.network is not None:
+            forward_ports(spec.ports, spec.network)
 
     def _must_run(self, container: Container) -> None:
         if container.state.status not in (Status.RUNNING, Status.PAUSED):

@@ -28,6 +28,7 @@ from runtime.address import allocate_address, host_address, mac_for, subnet_of
 from runtime.announcements import announcements, ipv6_interface, protocol_of
 from runtime.api import NetworkSpec, PortMapping
 from runtime.errors import KernelCallFailed, RuntimeFault
+from runtime.forwarding import stop_forwarding
 from runtime.host import HostConfig
 from runtime.linux import calls
 from runtime.nft import run_nft
@@ -277,6 +278,7 @@ class ContainerNetwork:
     def publish(self, ports: Sequence[PortMapping], network: NetworkSpec) -> None:
         """Lead host ports to the container, from other hosts and from this one. Raises BadInput, ProgramFailed."""
         if ports:
+            stop_forwarding(ports, network)
             subnet = str(subnet_of(self._host))
             run_nft(nft.published_rules(self._table, ports, address=host_address(network), subnet=subnet))
             self._let_it_reach_itself()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.lab import HOSTS, Probe, Running, TwoHosts, nothing_left_on
+from tests.support.netns import in_netns
 from tests.support.services import Redis, Service
 
 pytestmark = pytest.mark.timeout(120)
@@ -215,3 +216,29 @@ def test_a_container_moves_away_from_its_neighbour_and_back_and_their_connection
             assert count > before, f"the connection stands still after a move of {container.name}"
             before = count
             assert neighbour.inspect()["state"]["status"] == "running"
+
+
+def test_published_ports_lead_to_the_container_from_the_host_it_left_and_connections_through_it_hold(
+    two_hosts: TwoHosts,
+) -> None:
+    ports = ("-p", "18000:8000", "-p", "18001:8001/udp")
+    with running(two_hosts, Program(ODD_SOCKETS, 8000), *ports) as container, ExitStack() as stack:
+
+        def through(host: str, kind: int, port: int) -> socket.socket:
+            def connect() -> socket.socket:
+                connection = socket.socket(socket.AF_INET, kind)
+                connection.settimeout(5)
+                connection.connect(("127.0.0.1", port))
+                return connection
+
+            made: socket.socket = stack.enter_context(in_netns(two_hosts.lab.host(host).holder.pid, connect))
+            return made
+
+        kept = through("host1", socket.SOCK_STREAM, 18000)
+        assert asked(kept, b"before") == b"before"
+        for _ in range(3):
+            container.move("diskless", "stream")
+            assert asked(kept, b"after") == b"after"
+            for host in HOSTS:
+                assert asked(through(host, socket.SOCK_STREAM, 18000), b"new") == b"new"
+                assert asked(through(host, socket.SOCK_DGRAM, 18001), b"datagram") == b"datagram"

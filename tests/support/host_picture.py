@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-# What stays on a host that once ran a container: directories of containers, moves and reports, the masquerading table.
+# What stays on a host that once ran a container: directories of containers, moves and reports, the tables for
+# masquerading and for ports of containers that went away (entries of the latter end by themselves).
 STANDING = ("cache", "containers", "moves", "reports", "journal", "criu-features.json")
 LOCKS = (".lock",)
-STANDING_TABLE = "table ip cmigrate"
+STANDING_TABLES = ("table ip cmigrate", "table ip cmigrate-forward")
 
 
 def processes() -> list[str]:
@@ -68,7 +69,7 @@ def main() -> None:
         "mount": mounts(),
         "cgroup": cgroups(parent),
         "link": [line.split(":")[1].strip().split("@")[0] for line in run("ip", "-o", "link")],
-        "nft": [line for line in run("nft", "list", "tables") if line != STANDING_TABLE],
+        "nft": [line for line in run("nft", "list", "tables") if line not in STANDING_TABLES],
         "directory": files(state_dir, run_dir),
     }
     print(json.dumps(picture))
