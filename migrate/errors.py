@@ -6,6 +6,7 @@ MigrateError              what went wrong; ``hint`` says what to do next
 |-- NotRoot               the command needs root
 |-- MoveRefused           preflight found blockers, or the peer said no; nothing has happened
 |-- RolledBack            the move failed; the container runs on, on the source
+|-- ContainerLost         it ran on the target without all of its memory, and the rest could not be brought
 |-- InDoubt               COMMIT is out and no answer came; the source stays frozen and asks
 |-- ProtocolViolation     the peer sent what this protocol does not allow
 |-- NoCommonProtocol      the two versions of cmigrate do not understand each other
@@ -45,6 +46,7 @@ class ExitCode(IntEnum):
     CORRUPT = 10
     BUSY = 11
     CRIU = 12
+    LOST = 13
     INTERRUPTED = 130
 
 
@@ -137,11 +139,35 @@ class InDoubt(_Caused):
             cause_code=told.code,
         )
 
+    @classmethod
+    def while_filling(cls, move_id: str, cause: BaseException) -> InDoubt:
+        told = describe(cause)
+        return cls(
+            f"move {move_id}: the container ran on the target when the link broke, before all of its memory was there, "
+            f"and the target does not answer: {told.what}",
+            hint="the copy here stays frozen and will not run; the agents settle it when they reach each other",
+            log_lines=told.log_lines,
+            cause_code=told.code,
+        )
+
+
+class ContainerLost(_Caused):
+    @classmethod
+    def because(cls, cause: BaseException) -> ContainerLost:
+        told = describe(cause)
+        return cls(
+            f"the container was lost: it ran on the target, and the rest of its memory could not come: {told.what}",
+            hint="its files are on the target: start it there again; modes without --allow-postcopy do not risk this",
+            log_lines=told.log_lines,
+            cause_code=told.code,
+        )
+
 
 # First match wins, so a class stands before its bases. The names travel in ERROR messages and in --json.
 CODES: tuple[tuple[type[BaseException], str, ExitCode], ...] = (
     (RolledBack, "rolled-back", ExitCode.ROLLED_BACK),
     (InDoubt, "in-doubt", ExitCode.IN_DOUBT),
+    (ContainerLost, "lost", ExitCode.LOST),
     (UnknownHost, "unknown-host", ExitCode.NOT_FOUND),
     (UnknownReport, "unknown-report", ExitCode.NOT_FOUND),
     (NotRoot, "not-root", ExitCode.REFUSED),

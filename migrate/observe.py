@@ -320,6 +320,7 @@ def summary(report: MoveReport) -> str:
         Outcome.MIGRATED: f"{report.container} runs on {report.target}",
         Outcome.ROLLED_BACK: f"{report.container} runs on, on {report.source}",
         Outcome.IN_DOUBT: f"{report.container} is in doubt between {report.source} and {report.target}",
+        Outcome.LOST: f"{report.container} was lost on {report.target}",
         Outcome.REFUSED: f"{report.container} was not moved",
     }[report.outcome]
     sent = mebibytes(report.sent_bytes.total)

@@ -10,6 +10,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from migrate import messages
@@ -24,6 +25,10 @@ from transport.api import Channel, Deadline, DeadlineExpired, Frame, FrameKind, 
 # The source sends without a pause from RUNNING on, and answers before it what is asked.
 SILENCE_TIMEOUT_S = 60.0
 FILL_TIMEOUT_S = 3600.0
+# In the container's directory: as long as it is there, memory is missing that only the source has.
+MISSING_MARK = "memory-missing"
+# In the container's directory: the pager died, and the container with it.
+DEATH_RECORD = "pager-died.json"
 LAST_WORDS = (messages.Done.TYPE, messages.Discard.TYPE)
 
 
@@ -41,6 +46,7 @@ class RemoteFeed:
         pager: Pager,
         stores: Mapping[int, Store],
         missing: Mapping[int, PageRanges],
+        mark: Path,
     ) -> None:
         self._channel = channel
         self._move_id = move_id
@@ -49,6 +55,7 @@ class RemoteFeed:
         self._missing = {pid: Segments(ranges.spans()) for pid, ranges in missing.items() if ranges}
         self._missing_bytes = sum(ranges.bytes for ranges in missing.values())
         self.received_bytes = 0
+        self._mark = mark
         self._given_up = False
         self._whole_lock = threading.Lock()
         self._whole_said = False
@@ -59,6 +66,7 @@ class RemoteFeed:
 
     def start(self) -> None:
         """After the pager listens and before the restore, which may wait for a page."""
+        self._mark.touch()
         self._bringing.start()
         self._asking.start()
 
@@ -173,6 +181,8 @@ class RemoteFeed:
         with self._whole_lock:
             if not self._whole_said:
                 self._whole_said = True
+                # Before the source may throw its copy away: who asks later must not be told that it is lost.
+                self._mark.unlink(missing_ok=True)
                 self._tell(messages.Whole(move_id=self._move_id))
 
     def _tell(self, message: messages.Message) -> None:

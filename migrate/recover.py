@@ -8,19 +8,19 @@ import contextlib
 import os
 import shutil
 
-from migrate import machine, messages, target_machine
-from migrate.errors import MigrateError, ProtocolViolation
+from migrate import machine, target_machine
+from migrate.asking import ask
+from migrate.errors import MigrateError
 from migrate.journal import Journal, MoveJournal, read_all, read_one
-from migrate.links import connect
+from migrate.postcopy_target import DEATH_RECORD, MISSING_MARK
 from runtime.api import Container, Status
 from runtime.container import Containers
 from runtime.criu.dump import wake_after_dead_dump
 from runtime.errors import Busy, NotFound, RuntimeFault
 from runtime.host import HostConfig
 from runtime.store import process_start_ticks
-from transport.api import Deadline, Frame, TransportError
+from transport.api import TransportError
 
-ASK_TIMEOUT_S = 10.0
 _SOURCE_BEFORE_COMMIT = {"PREPARED", "PRECOPY", "FROZEN", "SENDING"}
 _TARGET_BEFORE_COMMIT = {"RESERVED", "RECEIVING", "VERIFIED", "RESTORED_HELD"}
 _SETTLED = {"DONE", "ROLLED_BACK", "RECLAIMED", "CONFIRMED", "REFUSED", "RESUMED"}
@@ -72,27 +72,14 @@ def _forget_moved(host: HostConfig, journal: MoveJournal) -> list[str]:
         if container.state.status is not Status.MOVED:
             return []
         try:
-            answer = _ask(host, journal, target)
+            state = ask(host, target, journal.move_id, journal.records[-1].epoch)
         except (TransportError, MigrateError, RuntimeFault):
             return []  # they take room here and do no harm
-        if answer.state != "running":
+        if state != "running":
             return []
         containers.clean_up(container.id)
         containers.store.remove(container.id)
         return [f"move {journal.move_id}: {container.name} is on {target}, what was left of it here is removed"]
-
-
-def _ask(host: HostConfig, journal: MoveJournal, target: str) -> messages.Answer:
-    """Where the move stands there. Raises what a connection raises; ProtocolViolation for an answer about another."""
-    epoch = journal.records[-1].epoch
-    with connect(host, target, deadline=Deadline.after(ASK_TIMEOUT_S)) as session:
-        deadline = Deadline.after(ASK_TIMEOUT_S)
-        question = messages.Ask(move_id=journal.move_id, epoch=epoch)
-        session.channel.send(Frame.control(question.to_message()), deadline=deadline)
-        answer = messages.Answer.parse(session.channel.receive(deadline=deadline).message())
-    if (answer.move_id, answer.epoch) != (journal.move_id, epoch):
-        raise ProtocolViolation(f"{target} answered for another move")
-    return answer
 
 
 def _settle_doubt(
@@ -101,20 +88,21 @@ def _settle_doubt(
     """COMMIT was on this disk: only the target knows. The copy here stays frozen until it has answered."""
     name = container.name
     try:
-        answer = _ask(host, journal, target)
+        state = ask(host, target, journal.move_id, journal.records[-1].epoch)
     except (TransportError, MigrateError, RuntimeFault) as error:
         return f"move {journal.move_id} of {name} is in doubt, its copy here stays frozen: {error}"
-    if answer.state == "running":
+    if state in ("running", "lost"):
         containers.cgroup(container.id).kill()
         containers.clean_up(container.id)
         containers.store.remove(container.id)
         _close(host, journal, machine.Phase.DONE)
-        return f"move {journal.move_id}: {name} runs on {target}"
-    if answer.state == "refused":
+        what = "runs on" if state == "running" else "was lost, for its memory did not all arrive; its files are on"
+        return f"move {journal.move_id}: {name} {what} {target}"
+    if state == "refused":
         _close(host, journal, machine.Phase.RECLAIMED)
         wake_after_dead_dump(containers, container)
         return f"move {journal.move_id}: {target} refused, {name} runs on here"
-    return f"move {journal.move_id} of {name} is in doubt: {target} says {answer.state}; ask again in a minute"
+    return f"move {journal.move_id} of {name} is in doubt: {target} says {state}; ask again in a minute"
 
 
 def standing(host: HostConfig, move_id: str, epoch: int) -> str:
@@ -125,7 +113,7 @@ def standing(host: HostConfig, move_id: str, epoch: int) -> str:
             file.append(target_machine.Phase.REFUSED, {"why": "asked about a move that never came"})
         return "refused"
     if journal.phase in ("RESUMED", "CONFIRMED"):
-        return "running"
+        return _whole(host, str(journal.records[0].details.get("container")))
     if journal.phase == "COMMIT_LOGGED":
         return (
             "running" if _is_here(Containers(host), str(journal.records[0].details.get("container"))) else "committed"
@@ -137,6 +125,16 @@ def standing(host: HostConfig, move_id: str, epoch: int) -> str:
         return "held"
     _target(host, journal)
     return "refused"
+
+
+def _whole(host: HostConfig, container_id: str) -> str:
+    """Of a container that was released here: post-copy may have to bring memory still, or have failed to."""
+    containers = Containers(host)
+    directory = containers.store.directory(container_id)
+    if not (directory / MISSING_MARK).exists():
+        return "running"
+    lost = (directory / DEATH_RECORD).exists() or not _is_here(containers, container_id)
+    return "lost" if lost else "committed"
 
 
 def _target(host: HostConfig, journal: MoveJournal) -> list[str]:

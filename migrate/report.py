@@ -19,6 +19,7 @@ class Outcome(StrEnum):
     MIGRATED = "migrated"
     ROLLED_BACK = "rolled_back"
     IN_DOUBT = "in_doubt"
+    LOST = "lost"
     REFUSED = "refused"
 
 
@@ -42,6 +43,21 @@ class SentBytes:
     @property
     def total(self) -> int:
         return self.images + self.pages + self.files + self.control
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fill:
+    """Memory that came to its place after the container ran on the target; times in ms on the target's clock.
+
+    ``pages_after`` are bytes that the source sent after the switch, ``remote_faults`` pages it was asked for.
+    """
+
+    ms: float = 0.0
+    filled_bytes: int = 0
+    faults: int = 0
+    remote_faults: int = 0
+    longest_wait_ms: float = 0.0
+    pages_after: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +108,7 @@ class MoveReport:
     memory_bytes: int = 0
     sent_bytes: SentBytes = field(default_factory=SentBytes)
     rounds: int = 0
+    fill: Fill | None = None
     phases: tuple[PhaseTime, ...] = ()
     why: str = ""
     predicted_blackout_ms: float | None = None
@@ -126,6 +143,8 @@ def report_from_json(data: Mapping[str, Any]) -> MoveReport:
         fields["versions"] = Versions(**_known(Versions, fields["versions"]))
         fields["phases"] = tuple(PhaseTime(**_known(PhaseTime, phase)) for phase in fields["phases"])
         fields["blockers"] = tuple(dict(blocker) for blocker in fields["blockers"])
+        if fields.get("fill") is not None:
+            fields["fill"] = Fill(**_known(Fill, fields["fill"]))
         if fields["error"] is not None:
             error = _known(ReportedError, fields["error"])
             fields["error"] = ReportedError(**{**error, "log_lines": tuple(error.get("log_lines", ()))})

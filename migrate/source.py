@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from migrate import messages
+from migrate.asking import bring_memory
 from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack, name_peer
 from migrate.guards import CallOff, garbage_collector_off, signals_ignored
 from migrate.journal import Journal
@@ -94,7 +95,7 @@ class SourceMove:
         self._pages: PageThread | None = None
         self._live: LiveMemory | None = None
         self._filter: PageFilter | None = None
-        self._kept: KeptMemory | None = None
+        self.kept: KeptMemory | None = None
         self._undo = ExitStack()
         self._call_off = CallOff()
         self._budget = budget
@@ -157,15 +158,16 @@ class SourceMove:
             self._on(Event.COPIED)
             self._on(Event.DUMPED)
             self._mark("restore")
-            self._hear(messages.Ready, READY_TIMEOUT_S, self._kept)
+            self._hear(messages.Ready, READY_TIMEOUT_S, self.kept)
             self._mark("switchover")
             with signals_ignored():
                 self._on(Event.TARGET_READY)
-                self.running = self._hear(messages.Running, kept=self._kept)
+                self.running = self._hear(messages.Running, kept=self.kept)
             self._mark("finish")
-        if self._kept is not None:
-            self._kept.serve()
+        lost = bring_memory(self.kept, self._host, self._session, self._move_id, FIRST_EPOCH)
         self._on(Event.TARGET_RUNNING)
+        if lost is not None:
+            raise lost
 
     def _on(self, event: Event) -> None:
         """The phase is entered when its record is on the disk, or, without one, when all is done that leads to it."""
@@ -185,7 +187,7 @@ class SourceMove:
         if self._phase in (Phase.COMMITTED, Phase.IN_DOUBT) and not isinstance(error, MoveRefused):
             # Closing our end makes CRIU let go of the tasks, which the cgroup keeps frozen: nothing runs here.
             self._dump.close()
-            raise InDoubt.after_commit(self._move_id, error) from error
+            raise error if isinstance(error, InDoubt) else InDoubt.after_commit(self._move_id, error) from error
         if self._phase is Phase.INIT:
             raise error
         # A second Ctrl-C must not leave the container as the first one found it: frozen.
@@ -258,7 +260,7 @@ class SourceMove:
             self._send(messages.Done(move_id=self._move_id, epoch=FIRST_EPOCH, report=self._make_report(self)))
             # It runs there already; until its memory and files are whole there, the files here are kept.
             self._mark("complete")
-            self.complete = self._hear(messages.Complete, COMPLETE_TIMEOUT_S, self._kept)
+            self.complete = self._hear(messages.Complete, COMPLETE_TIMEOUT_S, self.kept)
             self._containers.store.remove(self._container.id)
 
     # Doing
@@ -347,8 +349,8 @@ class SourceMove:
             self._send_tree(number)
         self._out.images(self._work.path)
         if self._live is not None and self._live.keep_back:
-            self._kept = self._closing.enter_context(contextlib.closing(KeptMemory(self._out, self._live)))
-            self._kept.announce(self._work.path)
+            self.kept = self._closing.enter_context(contextlib.closing(KeptMemory(self._out, self._live)))
+            self.kept.announce(self._work.path)
         state = self._container.state
         self._out.log(self._log)
         self._send(

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from migrate import messages
-from migrate.errors import MoveRefused, describe
+from migrate.errors import ContainerLost, MoveRefused, describe
 from migrate.incoming import Incoming
 from migrate.journal import Journal
 from migrate.memory_target import NoPages, PageSink, StorePages
-from migrate.postcopy_target import RemoteFeed
-from migrate.report import report_from_json
+from migrate.postcopy_target import DEATH_RECORD, MISSING_MARK, RemoteFeed
+from migrate.report import MoveReport, Outcome, ReportedError, report_from_json
 from migrate.reports import ReportStore
 from migrate.session import Asked, package_version
 from migrate.target_machine import JOURNALED, Action, Event, Phase, step
@@ -26,7 +26,7 @@ from runtime.container import Containers
 from runtime.criu.binary import find_criu
 from runtime.criu.restore import HeldRestore
 from runtime.errors import CorruptData, CriuFailed
-from runtime.memory.pager import Pager
+from runtime.memory.pager import Pager, PagerDied
 from runtime.store import process_start_ticks
 from runtime.workdir import WorkDirectory
 from transport.api import Channel, ChannelClosed, Deadline, DeadlineExpired, Frame, FrameKind, TransportError
@@ -166,7 +166,7 @@ class TargetMove:
         if self._offer.mode == "stopcopy":
             return NoPages()
         # Started now: in the blackout it only has to be told where the pages are.
-        self._pager = Pager(self._containers.cgroup(self._spec.id).paths(), record=self._directory / "pager-died.json")
+        self._pager = Pager(self._containers.cgroup(self._spec.id).paths(), record=self._directory / DEATH_RECORD)
         self._stores = StorePages(self._work.path, self._criu.version, self._pager)
         return self._stores
 
@@ -193,7 +193,8 @@ class TargetMove:
         if self._stores is None or self._pager is None or not any(self._stores.missing.values()):
             return
         missing, stores = self._stores.missing, self._stores.take_stores()
-        self._feed = RemoteFeed(self._asked.channel, self._offer.move_id, self._pager, stores, missing)
+        mark = self._directory / MISSING_MARK
+        self._feed = RemoteFeed(self._asked.channel, self._offer.move_id, self._pager, stores, missing, mark)
         self._channel = self._feed
         self._feed.start()
 
@@ -307,7 +308,27 @@ class TargetMove:
         if isinstance(error, CriuFailed) and self._phase is Phase.COMMIT_LOGGED and not self._restore.may_have_run:
             self._on(Event.NEVER_RAN)
         else:
+            if isinstance(error, PagerDied):
+                self._report_loss(error)
             raise error
+
+    def _report_loss(self, error: PagerDied) -> None:
+        """The source may be gone: what became of the container must be told here."""
+        lost = ContainerLost.because(error)
+        ReportStore(self._host).save(
+            MoveReport(
+                id=self._offer.move_id,
+                container=self._spec.name,
+                source=self._asked.peer_hello.host,
+                target=self._host.name,
+                mode=self._offer.mode,
+                transport=self._asked.channel.peer.transport,
+                outcome=Outcome.LOST,
+                started_at=self._runs_as.started_at,
+                total_ms=0.0,
+                error=ReportedError(code="lost", what=lost.what, hint=lost.hint),
+            )
+        )
 
 
 def _event_of(error: BaseException) -> Event:

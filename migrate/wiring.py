@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from migrate import messages, preflight
-from migrate.errors import InDoubt, MigrateError, MoveRefused, RolledBack, describe, name_peer
+from migrate.errors import ContainerLost, InDoubt, MigrateError, MoveRefused, RolledBack, describe, name_peer
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Planned, Warning
 from migrate.plan import NEED_CONSENT, choose, choose_mode
 from migrate.precopy import Budget
 from migrate.probing import Probing, probe_words
 from migrate.recover import recover, standing
-from migrate.report import MoveReport, Outcome, PhaseTime, ReportedError, SentBytes, Versions
+from migrate.report import Fill, MoveReport, Outcome, PhaseTime, ReportedError, SentBytes, Versions
 from migrate.reports import ReportStore
 from migrate.session import HANDLERS, Asked, package_version
 from migrate.source import FIRST_EPOCH, SourceMove
@@ -303,6 +303,22 @@ def _moved(course: _Course, source: SourceMove) -> MoveReport:
         blackout_ms=(running_at - clock.at("freeze")) * 1000,
         sent_bytes=SentBytes(images=sent["images"], pages=sent["pages"], files=sent["files"], control=sent["control"]),
         phases=tuple(PhaseTime(name=name, ms=ms) for name, ms in clock.phases(running_at)),
+        fill=_fill(source),
+    )
+
+
+def _fill(source: SourceMove) -> Fill | None:
+    """None as long as the target has not said that it is complete."""
+    done = source.complete
+    if done is None:
+        return None
+    return Fill(
+        ms=round(done.fill_ms, 3),
+        filled_bytes=done.filled_bytes,
+        faults=done.faults,
+        remote_faults=done.remote_faults,
+        longest_wait_ms=round(done.longest_wait_ms, 3),
+        pages_after=source.kept.pages_after if source.kept is not None else 0,
     )
 
 
@@ -310,6 +326,8 @@ def _failed(course: _Course, error: BaseException) -> MoveReport:
     told = describe(error)
     if isinstance(error, InDoubt):
         outcome = Outcome.IN_DOUBT
+    elif isinstance(error, ContainerLost):
+        outcome = Outcome.LOST
     elif isinstance(error, RolledBack) or (isinstance(error, KeyboardInterrupt) and course.began):
         outcome = Outcome.ROLLED_BACK
     else:

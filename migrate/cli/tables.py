@@ -13,6 +13,7 @@ STYLES = {
     Outcome.MIGRATED: "green",
     Outcome.ROLLED_BACK: "yellow",
     Outcome.IN_DOUBT: "bold red",
+    Outcome.LOST: "bold red",
     Outcome.REFUSED: "yellow",
 }
 

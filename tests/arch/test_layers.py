@@ -26,6 +26,7 @@ MIGRATE_LAYERS = (
     ("wiring", "trust", "checkpoint"),
     ("recover",),
     ("agent", "source", "target"),
+    ("asking",),
     ("links", "survey"),
     ("session",),
     ("preflight",),

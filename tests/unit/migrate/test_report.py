@@ -64,6 +64,7 @@ FIELDS = [
     "memory_bytes",
     "sent_bytes",
     "rounds",
+    "fill",
     "phases",
     "why",
     "predicted_blackout_ms",

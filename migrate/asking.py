@@ -1,0 +1,69 @@
+"""Asking a target where a move stands, on a connection of its own: after a link that broke, or a mover that died."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from migrate import messages
+from migrate.errors import ContainerLost, InDoubt, MigrateError, ProtocolViolation
+from migrate.links import Session, connect
+from migrate.postcopy_source import KeptMemory
+from runtime.errors import RuntimeFault
+from runtime.host import HostConfig
+from transport.api import Deadline, Frame, TransportError
+
+ASK_TIMEOUT_S = 10.0
+# The target's guard needs milliseconds to end the container; the rest is for a link that comes back.
+SETTLE_TIMEOUT_S = 20.0
+SETTLE_PAUSE_S = 0.3
+
+
+def ask(host: HostConfig, target: str, move_id: str, epoch: int, timeout_s: float = ASK_TIMEOUT_S) -> str:
+    """The target's answer: a Standing of messages.Answer. Raises TransportError, MigrateError or RuntimeFault."""
+    deadline = Deadline.after(timeout_s)
+    with connect(host, target, deadline=deadline) as session:
+        question = messages.Ask(move_id=move_id, epoch=epoch)
+        session.channel.send(Frame.control(question.to_message()), deadline=deadline)
+        answer = messages.Answer.parse(session.channel.receive(deadline=deadline).message())
+    if (answer.move_id, answer.epoch) != (move_id, epoch):
+        raise ProtocolViolation(f"{target} answered for another move")
+    return answer.state
+
+
+def bring_memory(
+    kept: KeptMemory | None, host: HostConfig, session: Session, move_id: str, epoch: int
+) -> ContainerLost | None:
+    """The container runs on the target and needs what is here. Afterwards nothing here is needed: it lives there, or
+    is lost. Raises InDoubt where that can not be learned."""
+    if kept is None:
+        return None
+    try:
+        kept.serve()
+    except Exception as error:
+        # The target must not wait for what will not come.
+        session.channel.abort()
+        return after_the_switch(host, session.entry.name, move_id, epoch, error)
+    return None
+
+
+def after_the_switch(
+    host: HostConfig, target: str, move_id: str, epoch: int, cause: BaseException
+) -> ContainerLost | None:
+    """What became of a container that ran on the target when ``cause`` ended the bringing of its memory.
+
+    None: all of it had arrived, it runs there. Raises InDoubt where the target can not be asked in time.
+    """
+    deadline = Deadline.after(SETTLE_TIMEOUT_S)
+    while True:
+        state = ""
+        # The link may come back.
+        with contextlib.suppress(TransportError, MigrateError, RuntimeFault):
+            state = ask(host, target, move_id, epoch)
+        if state == "running":
+            return None
+        if state == "lost":
+            return ContainerLost.because(cause)
+        if deadline.expired():
+            raise InDoubt.while_filling(move_id, cause) from cause
+        time.sleep(SETTLE_PAUSE_S)
