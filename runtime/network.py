@@ -15,6 +15,7 @@ import ipaddress
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from runtime.linux import calls
 from runtime.nft import run_nft
 
 LINK_INSIDE = "eth0"
+# 50, 200 and 1000 ms after the first announcement.
+AGAIN_S = (0.05, 0.15, 0.8)
 LOOPBACK_INDEX = 1  # in every network namespace
 # Written in the container's namespace before its first instruction: path below /proc/sys/net -> value.
 SYSCTLS = {
@@ -274,6 +277,23 @@ class ContainerNetwork:
             with _netlink_call(f"announcement by {LINK_INSIDE}"):
                 for frame in self._announcements * times:
                     self._inside.sendto(frame, (LINK_INSIDE, protocol_of(frame)))
+
+    def announce_again(self, pauses_s: Sequence[float] = AGAIN_S) -> None:
+        """A frame can be lost, and a switch be slow to learn: announce once more after each pause. Does not wait for
+        it; this object does not announce any more."""
+        inside, self._inside = self._inside, None
+        if inside is None:
+            return
+
+        def body() -> None:
+            # The container may end or move on meanwhile: then there is nobody to announce.
+            with inside, contextlib.suppress(OSError):
+                for pause_s in pauses_s:
+                    time.sleep(pause_s)
+                    for frame in self._announcements:
+                        inside.sendto(frame, (LINK_INSIDE, protocol_of(frame)))
+
+        threading.Thread(target=body, name="announce", daemon=True).start()
 
     def publish(self, ports: Sequence[PortMapping], network: NetworkSpec) -> None:
         """Lead host ports to the container, from other hosts and from this one. Raises BadInput, ProgramFailed."""

@@ -199,7 +199,8 @@ class HeldRestore:
         assert self._launch is not None
         assert self._session is not None
         if self.spec.network is not None:
-            self._network.announce()
+            self._network.announce(1)
+            self._network.announce_again()
             if self._hold is not None:
                 # What came while the bridges were learning the way.
                 self._hold.hand_over()

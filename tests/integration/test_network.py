@@ -356,6 +356,31 @@ def test_an_announcement_reaches_the_neighbours_three_times() -> None:
 
 
 @in_new_network
+def test_announcements_come_again_later_and_nobody_waits_for_them() -> None:
+    ensure_bridge(HOST)
+    with uplink() as machine, guest(FIRST) as it:
+
+        def listener() -> socket.socket:
+            packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0806))
+            packets.bind(("eth0", 0))
+            packets.settimeout(WAIT_S)
+            return packets
+
+        with in_network_namespace(machine, listener) as packets:
+            begin = time.monotonic()
+            it.network.announce_again((0.05, 0.1))
+            assert time.monotonic() - begin < 0.05
+            for least_s in (0.05, 0.15):
+                assert packets.recv(100)[28:32] == socket.inet_aton(it.address)
+                assert time.monotonic() - begin >= least_s
+        deadline = time.monotonic() + WAIT_S
+        while any(thread.name == "announce" for thread in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        it.network.announce_again()
+
+
+@in_new_network
 def test_a_container_without_a_link_can_be_disconnected_and_detached() -> None:
     with ContainerNetwork(HOST, FIRST) as network:
         network.disconnect()
