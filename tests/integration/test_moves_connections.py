@@ -211,9 +211,11 @@ def test_a_container_moves_away_from_its_neighbour_and_back_and_their_connection
         before = 0
         for container in (server, neighbour, server, server):
             container.move("diskless", "stream")
-            time.sleep(0.3)
-            count = int(neighbour.exec("sh", "-c", "cat /var/tmp/n || cat /var/tmp/n") or "0")
-            assert count > before, f"the connection stands still after a move of {container.name}"
+            deadline = time.monotonic() + 10
+            # The file is empty for the moment in which it is written anew.
+            while (count := int(neighbour.exec("sh", "-c", "cat /var/tmp/n || true") or "0")) <= before:
+                assert time.monotonic() < deadline, f"the connection stands still after a move of {container.name}"
+                time.sleep(0.1)
             before = count
             assert neighbour.inspect()["state"]["status"] == "running"
 
