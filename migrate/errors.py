@@ -163,11 +163,16 @@ class ContainerLost(_Caused):
         )
 
 
+class StillInDoubt(MigrateError):
+    """Nobody here can tell where the container may run."""
+
+
 # First match wins, so a class stands before its bases. The names travel in ERROR messages and in --json.
 CODES: tuple[tuple[type[BaseException], str, ExitCode], ...] = (
     (RolledBack, "rolled-back", ExitCode.ROLLED_BACK),
     (InDoubt, "in-doubt", ExitCode.IN_DOUBT),
     (ContainerLost, "lost", ExitCode.LOST),
+    (StillInDoubt, "in-doubt", ExitCode.IN_DOUBT),
     (UnknownHost, "unknown-host", ExitCode.NOT_FOUND),
     (UnknownReport, "unknown-report", ExitCode.NOT_FOUND),
     (NotRoot, "not-root", ExitCode.REFUSED),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 
 from migrate import machine, target_machine
 from migrate.asking import ask
@@ -29,11 +30,12 @@ _SETTLED = {"DONE", "ROLLED_BACK", "RECLAIMED", "CONFIRMED", "REFUSED", "RESUMED
 def recover(host: HostConfig) -> list[str]:
     """Settle what can be settled without asking anybody; a line for each thing done or still open."""
     told: list[str] = []
-    for journal in read_all(host.journal_dir):
+    journals = list(read_all(host.journal_dir))
+    for journal in journals:
         if journal.damage or not journal.records:
             continue
         if journal.phase in _SETTLED:
-            if (journal.side, journal.phase) == ("source", "DONE"):
+            if (journal.side, journal.phase) == ("source", "DONE") and _is_last_of_its_container(journal, journals):
                 with contextlib.suppress(Busy, NotFound):
                     told += _forget_moved(host, journal)
             continue
@@ -51,25 +53,25 @@ def _source(host: HostConfig, journal: MoveJournal) -> list[str]:
             if journal.phase in _SOURCE_BEFORE_COMMIT:
                 # The target cannot run without COMMIT, so nobody has to be asked.
                 wake_after_dead_dump(containers, container)
-                _close(host, journal, machine.Phase.ROLLED_BACK)
+                close_journal(host, journal, machine.Phase.ROLLED_BACK)
                 return [f"move {journal.move_id} of {container.name} was broken off: it runs on here"]
             return [_settle_doubt(host, journal, containers, container, target)]
     except NotFound:
-        _close(host, journal, machine.Phase.ROLLED_BACK)
+        close_journal(host, journal, machine.Phase.ROLLED_BACK)
         return [f"move {journal.move_id} was broken off, and its container is gone"]
     finally:
         shutil.rmtree(host.state_dir / "moves" / journal.move_id, ignore_errors=True)
 
 
 def _forget_moved(host: HostConfig, journal: MoveJournal) -> list[str]:
-    """A mover that died after DONE has left the container's files here, kept until the target was complete."""
+    """A mover that died after DONE has left its frozen copy, or files that were kept until the target was complete."""
     containers = Containers(host)
     details = journal.records[0].details
     container_id, target = str(details.get("container", "")), str(details.get("target", ""))
-    if containers.get(container_id).state.status is not Status.MOVED:
+    if _runs(containers, container_id):
         return []
     with containers.locked(container_id, "recovery", wait_s=0.0) as container:
-        if container.state.status is not Status.MOVED:
+        if _runs(containers, container_id):
             return []
         try:
             state = ask(host, target, journal.move_id, journal.records[-1].epoch)
@@ -77,9 +79,24 @@ def _forget_moved(host: HostConfig, journal: MoveJournal) -> list[str]:
             return []  # they take room here and do no harm
         if state != "running":
             return []
-        containers.clean_up(container.id)
-        containers.store.remove(container.id)
+        drop_copy(containers, container.id)
         return [f"move {journal.move_id}: {container.name} is on {target}, what was left of it here is removed"]
+
+
+def _runs(containers: Containers, container_id: str) -> bool:
+    """As somebody wants it to: a copy that a move has left is recorded as running, and frozen."""
+    status = containers.get(container_id).state.status
+    return status is Status.PAUSED or (status is Status.RUNNING and not containers.cgroup(container_id).frozen())
+
+
+def _is_last_of_its_container(journal: MoveJournal, journals: Sequence[MoveJournal]) -> bool:
+    """It may have moved back here since; then what is here is no leftover of this move."""
+    container_id = journal.records[0].details.get("container")
+    others = (other for other in journals if other.records and other is not journal)
+    return not any(
+        other.records[0].details.get("container") == container_id and other.records[-1].at > journal.records[-1].at
+        for other in others
+    )
 
 
 def _settle_doubt(
@@ -92,14 +109,12 @@ def _settle_doubt(
     except (TransportError, MigrateError, RuntimeFault) as error:
         return f"move {journal.move_id} of {name} is in doubt, its copy here stays frozen: {error}"
     if state in ("running", "lost"):
-        containers.cgroup(container.id).kill()
-        containers.clean_up(container.id)
-        containers.store.remove(container.id)
-        _close(host, journal, machine.Phase.DONE)
+        drop_copy(containers, container.id)
+        close_journal(host, journal, machine.Phase.DONE)
         what = "runs on" if state == "running" else "was lost, for its memory did not all arrive; its files are on"
         return f"move {journal.move_id}: {name} {what} {target}"
     if state == "refused":
-        _close(host, journal, machine.Phase.RECLAIMED)
+        close_journal(host, journal, machine.Phase.RECLAIMED)
         wake_after_dead_dump(containers, container)
         return f"move {journal.move_id}: {target} refused, {name} runs on here"
     return f"move {journal.move_id} of {name} is in doubt: {target} says {state}; ask again in a minute"
@@ -144,16 +159,30 @@ def _target(host: HostConfig, journal: MoveJournal) -> list[str]:
         return []
     containers = Containers(host)
     if journal.phase in _TARGET_BEFORE_COMMIT:
-        if not _is_here(containers, container_id):
-            containers.clean_up(container_id)
-            containers.store.forget_reservation(container_id, journal.move_id)
-        shutil.rmtree(host.state_dir / "moves" / journal.move_id, ignore_errors=True)
-        _close(host, journal, target_machine.Phase.REFUSED)
+        undo_reservation(host, journal)
+        close_journal(host, journal, target_machine.Phase.REFUSED)
         return [f"move {journal.move_id} into this host was broken off: undone"]
     if _is_here(containers, container_id):
-        _close(host, journal, target_machine.Phase.RESUMED)
+        close_journal(host, journal, target_machine.Phase.RESUMED)
         return []
     return [f"move {journal.move_id} into this host has COMMIT, and container {container_id} does not run here"]
+
+
+def undo_reservation(host: HostConfig, journal: MoveJournal) -> None:
+    """Remove what a move into this host has made, unless the container lives here."""
+    containers = Containers(host)
+    container_id = str(journal.records[0].details.get("container", ""))
+    if not _is_here(containers, container_id):
+        containers.clean_up(container_id)
+        containers.store.forget_reservation(container_id, journal.move_id)
+    shutil.rmtree(host.state_dir / "moves" / journal.move_id, ignore_errors=True)
+
+
+def drop_copy(containers: Containers, container_id: str) -> None:
+    """The container lives elsewhere: kill what is frozen here, and remove its files."""
+    containers.cgroup(container_id).kill()
+    containers.clean_up(container_id)
+    containers.store.remove(container_id)
 
 
 def _lives(pid: object, start_ticks: object) -> bool:
@@ -168,7 +197,7 @@ def _is_here(containers: Containers, container_id: str) -> bool:
     return container.id == container_id and container.state.status in (Status.RUNNING, Status.PAUSED)
 
 
-def _close(host: HostConfig, journal: MoveJournal, phase: str) -> None:
+def close_journal(host: HostConfig, journal: MoveJournal, phase: str) -> None:
     side = journal.side
     with Journal(host.journal_dir, journal.move_id, side=side, epoch=journal.records[-1].epoch) as file:
         file.append(phase, {"why": "recovered", "by": os.getpid()})

@@ -163,7 +163,8 @@ class Chaos:
         last = out.splitlines()[-1] if out else ""
         with contextlib.suppress(ValueError):
             case.outcome = str(json.loads(last).get("outcome", ""))
-        if "Traceback" in err:
+        # Ended by the signal itself: it came before any line of ours ran.
+        if "Traceback" in err and mover.returncode != -signal.SIGINT:
             case.problems.append(err[-2000:])
         self._judge(case, last)
 

@@ -23,7 +23,7 @@ MIGRATE_LAYERS = (
     ("", "lab", "experiment"),
     ("cluster", "probe"),
     ("serve", "probe_scatter"),
-    ("wiring", "trust", "checkpoint"),
+    ("wiring", "trust", "checkpoint", "resolve"),
     ("recover",),
     ("agent", "source", "target"),
     ("asking",),

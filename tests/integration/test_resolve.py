@@ -1,0 +1,142 @@
+"""Moves that break off for good, or are called off: what `resolve` and `cancel` make of them."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.lab import HOSTS, Running, TwoHosts, nothing_left_on
+from tests.support.services import Memory
+
+NAME = "stays"
+IN_DOUBT, REFUSED, NOT_FOUND, INTERRUPTED = 6, 4, 3, 130
+
+
+@pytest.fixture
+def container(two_hosts: TwoHosts) -> Iterator[Running]:
+    service = Memory(mib=64)
+    with nothing_left_on(two_hosts, *HOSTS):
+        running = two_hosts.run(service, name=NAME)
+        try:
+            yield running
+        finally:
+            service.close()
+            running.remove()
+
+
+@contextlib.contextmanager
+def moving(hosts: TwoHosts, *options: str) -> Iterator["subprocess.Popen[str]"]:
+    process = hosts.lab.popen(
+        "host1",
+        ["cmigrate", "move", NAME, "--to", "host2", "--mode", "diskless", "--transport", "stream", *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def last_phase(hosts: TwoHosts, host: str) -> str:
+    """Of the newest journal there."""
+    directory = hosts.lab.directory / host / "state" / "journal"
+    files = sorted(directory.glob("*"), key=lambda file: file.stat().st_mtime_ns) if directory.exists() else []
+    lines = files[-1].read_text(errors="replace").split("\n") if files else []
+    phases = [json.loads(line)["phase"] for line in lines if line.strip("\0 ").startswith("{")]
+    return str(phases[-1]) if phases else ""
+
+
+def link(hosts: TwoHosts, state: str) -> None:
+    hosts.lab.exec("host2", ["ip", "link", "set", "uplink", state], check=True)
+
+
+def in_doubt(hosts: TwoHosts) -> bool:
+    """Kill the mover right after COMMITTED is on its disk, with the link cut. False: it was quicker than we are."""
+    with moving(hosts) as going:
+        while going.poll() is None and last_phase(hosts, "host1") != "COMMITTED":
+            time.sleep(0.0002)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(going.pid, signal.SIGKILL)
+        link(hosts, "down")
+        going.wait()
+    return last_phase(hosts, "host1") == "COMMITTED"
+
+
+def make_doubt(hosts: TwoHosts, container: Running) -> None:
+    for _attempt in range(10):
+        if in_doubt(hosts):
+            return
+        link(hosts, "up")
+        hosts.cmigrate("host1", "resolve", container.id, check=False)
+        hosts.cmigrate("host2", "move", NAME, "--to", "host1", "--mode", "diskless", check=False)
+    raise AssertionError("the mover was never killed between COMMITTED and DONE")
+
+
+def test_a_doubt_stays_frozen_while_the_link_is_cut_and_is_settled_when_it_is_back(
+    two_hosts: TwoHosts, container: Running
+) -> None:
+    make_doubt(two_hosts, container)
+    try:
+        done = two_hosts.cmigrate("host1", "resolve", NAME, check=False)
+        assert done.returncode == IN_DOUBT, done.stdout + done.stderr
+        assert "stays frozen" in done.stdout
+        refused = two_hosts.cmigrate("host1", "resolve", NAME, "--keep", "source", check=False)
+        assert refused.returncode == IN_DOUBT
+        assert "--other-side-is-fenced" in refused.stderr
+    finally:
+        link(two_hosts, "up")
+    deadline = time.monotonic() + 60
+    while two_hosts.cmigrate("host1", "resolve", container.id, check=False).returncode == IN_DOUBT:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    running = [host for host in HOSTS for line in two_hosts.lines(host, "ps", "--json") if line["name"] == NAME]
+    assert len(running) == 1
+
+
+def test_a_person_may_decide_once_the_other_side_is_fenced(two_hosts: TwoHosts, container: Running) -> None:
+    make_doubt(two_hosts, container)
+    try:
+        # Fenced: whatever host2 has of it is removed, by hand, on its own console.
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not two_hosts.lines("host2", "ps", "-a", "--json"):
+            time.sleep(0.5)
+        two_hosts.cmigrate("host2", "rm", "-f", NAME, check=False)
+        two_hosts.cmigrate("host1", "resolve", NAME, "--keep", "source", "--other-side-is-fenced")
+        (line,) = two_hosts.lines("host1", "ps", "--json")
+        assert (line["name"], line["status"]) == (NAME, "running")
+    finally:
+        link(two_hosts, "up")
+    assert two_hosts.cmigrate("host1", "resolve", NAME).stdout.startswith("nothing is open")
+
+
+def test_a_move_under_way_is_called_off(two_hosts: TwoHosts, container: Running) -> None:
+    container.exec("sh", "-c", "head -c 100000000 /dev/urandom >/var/tmp/large")
+    with moving(two_hosts, "--bandwidth", "20m") as going:
+        deadline = time.monotonic() + 20
+        while (done := two_hosts.cmigrate("host1", "cancel", NAME, check=False)).returncode == REFUSED:
+            assert time.monotonic() < deadline, done.stderr
+        assert done.returncode == 0, done.stderr
+        assert "runs on here" in done.stdout
+        assert going.wait(20) == INTERRUPTED
+    (line,) = two_hosts.lines("host1", "ps", "--json")
+    assert (line["name"], line["status"]) == (NAME, "running")
+
+
+def test_where_nothing_is_open_it_is_said(two_hosts: TwoHosts, container: Running) -> None:
+    done = two_hosts.cmigrate("host1", "cancel", NAME, check=False)
+    assert done.returncode == REFUSED
+    assert "no move" in done.stderr
+    assert "nothing is open" in two_hosts.cmigrate("host1", "resolve", NAME).stdout
+    done = two_hosts.cmigrate("host1", "resolve", NAME, "--keep", "target", "--other-side-is-fenced", check=False)
+    assert done.returncode == REFUSED
+    assert two_hosts.cmigrate("host1", "resolve", "nobody", check=False).returncode == NOT_FOUND
