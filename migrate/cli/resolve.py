@@ -15,7 +15,7 @@ from migrate.cli.output import json_line, json_option, open_host
 )
 @json_option
 def resolve_command(container: str, keep: str | None, other_side_is_fenced: bool, as_json: bool) -> int:
-    """Settle what a move that broke off has left open.
+    """Settle a move that broke off, or decide it.
 
     CONTAINER is its name or id, or the id of the move. Without --keep the journals and the other host decide; exit code
     6 when they can not. With --keep you do: if the other host can still run it, two copies run.
@@ -40,9 +40,9 @@ def resolve_command(container: str, keep: str | None, other_side_is_fenced: bool
 @click.command("cancel")
 @click.argument("container")
 def cancel_command(container: str) -> int:
-    """Call off the move of a container that is under way on this host.
+    """Call off a move that is under way.
 
-    Exit code 0: it runs on here. 4: no move is under way, or it was too late and the container runs on the target.
+    From the host it started on. Exit code 0: it runs on here. 4: no move is under way, or it was too late and the container runs on the target.
     """
     host = open_host()
     from migrate.resolve import cancel
