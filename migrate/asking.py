@@ -6,8 +6,9 @@ import contextlib
 import time
 
 from migrate import messages
-from migrate.errors import ContainerLost, InDoubt, MigrateError, ProtocolViolation
+from migrate.errors import ContainerLost, InDoubt, MigrateError, PeerFailed, ProtocolViolation, describe
 from migrate.links import Session, connect
+from migrate.observe import Warning
 from migrate.postcopy_source import KeptMemory
 from runtime.errors import RuntimeFault
 from runtime.host import HostConfig
@@ -67,3 +68,16 @@ def after_the_switch(
         if deadline.expired():
             raise InDoubt.while_filling(move_id, cause) from cause
         time.sleep(SETTLE_PAUSE_S)
+
+
+def not_seen_complete(error: BaseException, name: str) -> Warning:
+    """A container was moved, and ``error`` ended the wait until all of it is in place there. Raises ContainerLost where
+    the target says so."""
+    if isinstance(error, ContainerLost):
+        raise error
+    if isinstance(error, PeerFailed) and error.code == "lost":
+        raise ContainerLost(error.what, hint=error.hint, log_lines=error.log_lines) from error
+    return Warning(
+        what=f"it was not seen that everything is in place on the target: {describe(error).what}",
+        remedy=f"its files are kept here until `cmigrate resolve {name}`",
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from migrate import messages
-from migrate.asking import bring_memory
+from migrate.asking import bring_memory, not_seen_complete
 from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack, name_peer
 from migrate.guards import CallOff, garbage_collector_off, signals_ignored
 from migrate.journal import Journal
@@ -182,8 +182,8 @@ class SourceMove:
         """Roll back where that is still ours to decide; raises what to tell the operator."""
         name_peer(error, self._session.entry.name)
         if self._phase is Phase.DONE:
-            # It runs there; what failed was only throwing away what is left here.
-            raise error
+            self._observer.on_event(not_seen_complete(error, self._container.name))
+            return
         if self._phase in (Phase.COMMITTED, Phase.IN_DOUBT) and not isinstance(error, MoveRefused):
             # Closing our end makes CRIU let go of the tasks, which the cgroup keeps frozen: nothing runs here.
             self._dump.close()

@@ -309,10 +309,10 @@ class TargetMove:
             self._on(Event.NEVER_RAN)
         else:
             if isinstance(error, PagerDied):
-                self._report_loss(error)
+                raise self._report_loss(error) from error
             raise error
 
-    def _report_loss(self, error: PagerDied) -> None:
+    def _report_loss(self, error: PagerDied) -> ContainerLost:
         """The source may be gone: what became of the container must be told here."""
         lost = ContainerLost.because(error)
         ReportStore(self._host).save(
@@ -329,6 +329,7 @@ class TargetMove:
                 error=ReportedError(code="lost", what=lost.what, hint=lost.hint),
             )
         )
+        return lost
 
 
 def _event_of(error: BaseException) -> Event:

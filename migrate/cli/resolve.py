@@ -42,7 +42,8 @@ def resolve_command(container: str, keep: str | None, other_side_is_fenced: bool
 def cancel_command(container: str) -> int:
     """Call off a move that is under way.
 
-    From the host it started on. Exit code 0: it runs on here. 4: no move is under way, or it was too late and the container runs on the target.
+    From the host it started on. Exit code 0: it runs on here. 4: no move is under way, or it was too late and the
+    container runs on the target.
     """
     host = open_host()
     from migrate.resolve import cancel
