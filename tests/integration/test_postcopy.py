@@ -8,52 +8,14 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support.lab import HOSTS, CommandFailed, Running, TwoHosts, nothing_left_on
-from tests.support.services import PROGRAMS, Place, Redis, Service
+from tests.support.oracle import Churn
+from tests.support.services import Redis, Service
 
 WAYS = (("postcopy", "stream"), ("hybrid", "stream"), ("postcopy", "ssh"), ("hybrid", "ssh"))
+
 PATIENCE_S = 60.0
 
 pytestmark = pytest.mark.timeout(150)
-
-
-class Churn:
-    """Memory that changes in every way all the time, in two processes that know what it holds."""
-
-    name = "churn"
-    options: tuple[str, ...] = ()
-    workers = 2
-
-    def __init__(self, mib: int) -> None:
-        self._mib = mib
-        self._asked = 0
-
-    def command(self, client: object) -> tuple[str, ...]:
-        program = (PROGRAMS / "churn.py").read_text()
-        return ("python3", "-I", "-S", "-B", "-c", program, "/churn", str(self._mib), str(self.workers))
-
-    def open(self, place: Place) -> None:
-        self._place = place
-        self._until(lambda: "ready" in place.exec("ls", "/churn").split())
-
-    def check(self) -> None:
-        """Every page of every process is looked at."""
-        self._asked += 1
-        word = f"w{self._asked}"
-        self._place.exec("sh", "-c", f"echo {word} > /churn/check.new; mv /churn/check.new /churn/check")
-        self._until(lambda: self._read("checked").split().count(word) == self.workers)
-        assert not self._read("wrong")
-
-    def _read(self, name: str) -> str:
-        return self._place.exec("sh", "-c", f"cat /churn/{name} 2>/dev/null; cat /churn/wrong 2>/dev/null; true")
-
-    def _until(self, true: object) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not true():  # type: ignore[operator]
-            assert time.monotonic() < deadline, self._read("wrong") or "not in time"
-            time.sleep(0.1)
-
-    def close(self) -> None:
-        pass
 
 
 @contextmanager
