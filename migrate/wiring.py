@@ -15,7 +15,7 @@ from migrate import messages, preflight
 from migrate.errors import ContainerLost, InDoubt, MigrateError, MoveRefused, RolledBack, describe, name_peer
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Planned, Warning
-from migrate.plan import NEED_CONSENT, choose, choose_mode
+from migrate.plan import NEED_CONSENT, WantedMode, choose, choose_mode
 from migrate.precopy import Budget
 from migrate.probing import Probing, probe_words
 from migrate.recover import recover, standing
@@ -33,7 +33,6 @@ from runtime.host import HostConfig
 from transport.api import Deadline, Frame, TransportError
 from transport.pacing import PacedChannel, TokenBucket
 
-ModeName = Literal["auto", "stopcopy", "diskless", "precopy", "postcopy", "hybrid"]
 PREFLIGHT_TIMEOUT_S = 30.0
 UNDO_TIMEOUT_S = 15.0
 BURST_S = 0.05
@@ -47,7 +46,7 @@ class MoveOptions:
     """What the operator asked for. ``timeout_s`` bounds connecting and greeting; ``bandwidth_Bps`` what is sent before
     the blackout."""
 
-    mode: ModeName = "auto"
+    mode: WantedMode = "auto"
     transport: Literal["auto", "ssh", "stream"] = "auto"
     dry_run: bool = False
     budget: Budget = field(default_factory=Budget)

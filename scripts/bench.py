@@ -25,13 +25,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from migrate.lab.lab import Lab
-from migrate.wiring import ModeName
+from migrate.plan import NEED_CONSENT
 from runtime.errors import RuntimeFault
 
 TOP = Path(__file__).resolve().parents[1]
@@ -41,7 +41,6 @@ NAME = "bench"
 HOT_MIB = 16
 WRITES_PER_S = 1000
 PLAIN = ("plain", "tar")
-MODES = [mode for mode in get_args(ModeName) if mode != "auto"]
 STEP_TIMEOUT_S = 300
 SETTLE_S = 0.5
 
@@ -110,9 +109,8 @@ class Bench:
 
     def move(self, mode: str, transport: str) -> Run:
         with self._container("host1"):
-            shown = self._output(
-                "host1", "cmigrate", "move", NAME, "--to", "host2", "--mode", mode, "--transport", transport, "--json"
-            )
+            words = ["cmigrate", "move", NAME, "--to", "host2", "--mode", mode, "--transport", transport, "--json"]
+            shown = self._output("host1", *words, *(["--allow-postcopy"] if mode in NEED_CONSENT else []))
             report = json.loads(shown.splitlines()[-1])
             time.sleep(SETTLE_S)
             pauses = self._output("host2", "cmigrate", "exec", NAME, "cat", "/pauses.jsonl")

@@ -21,13 +21,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from migrate.lab.lab import Lab
-from migrate.wiring import ModeName
+from migrate.plan import MODES, NEED_CONSENT
 from runtime.errors import RuntimeFault
 
 TOP = Path(__file__).resolve().parents[1]
@@ -35,13 +35,16 @@ TOP = Path(__file__).resolve().parents[1]
 # demo left is found and removed by the next.
 LAB_DIR = Path("/var/lib/cmigrate-demo")
 NAME = "web1"
-MODES = tuple(mode for mode in get_args(ModeName) if mode != "auto")
 TRANSPORTS = ("ssh", "stream")
 # Long enough to see a client that waits for its second retransmission.
 SETTLE_S = 2.0
 STEP_TIMEOUT_S = 120.0
 
 console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+def consent(mode: str) -> list[str]:
+    return ["--allow-postcopy"] if mode in NEED_CONSENT else []
 
 
 class DemoFailed(Exception):
@@ -165,7 +168,7 @@ class Demo:
     def move(self, mode: str, transport: str, source: str, target: str) -> Move:
         say(f"[bold]{source} -> {target}: --mode {mode} --transport {transport}[/bold]")
         self._mark()
-        words = ["cmigrate", "move", NAME, "--to", target, "--mode", mode, "--transport", transport]
+        words = ["cmigrate", "move", NAME, "--to", target, "--mode", mode, "--transport", transport, *consent(mode)]
         done = self._lab.exec(source, words)
         kept = self.cmigrate(source, "history", "--json", "-n", "1").splitlines()
         report: dict[str, Any] = json.loads(kept[-1]) if kept else {}
