@@ -90,7 +90,8 @@ def _of_process(process: ProcessView, init: ProcessView) -> Iterator[Obstacle]:
     if process.status.tracer_pid:
         yield Obstacle(kind="traced", who=process.label, what="a debugger or tracer holds it")
     for name, own, whole in zip(NAMESPACES, process.namespaces, init.namespaces, strict=False):
-        if own != whole:
+        # None at all: it is ending, and has let go of its own already.
+        if own and own != whole:
             yield Obstacle(kind="namespace", who=process.label, what=name)
 
 

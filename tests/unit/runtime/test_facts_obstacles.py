@@ -152,6 +152,13 @@ def test_what_exec_started_belongs_to_the_container() -> None:
     assert find(process(), process(102, parent=101), waiters=(101,)) == []
 
 
+def test_a_process_that_is_ending_and_has_left_its_namespaces_is_no_obstacle() -> None:
+    gone = tuple("" for _name in process().namespaces)
+    assert find(process(), process(101, parent=100, namespaces=gone)) == []
+    half = (process().namespaces[0], *gone[1:])
+    assert find(process(), process(101, parent=100, namespaces=half)) == []
+
+
 def test_a_zombie_is_no_obstacle() -> None:
     assert find(process(), process(101, parent=100, namespaces=())) == []
 
