@@ -44,7 +44,6 @@ judge = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 number = 0
 while True:
     number += 1
-    area[(number * 4096) % len(area):][:8]
     area[number * 4096 % len(area) + 8:number * 4096 % len(area) + 16] = number.to_bytes(8, "little")
     try:
         judge.sendto(str(number).encode(), (sys.argv[1], 9999))
