@@ -50,11 +50,15 @@ class Stuck(NotInjected):
 
 
 class LeftBehind(NotInjected):
-    """The process has kept ``descriptor``: it was frozen before it could close it. ``close_descriptor`` it later."""
+    """The process has kept ``descriptor``: it was frozen before it could close it. ``close_descriptor`` it later.
+
+    ``ours``: the same open file here, for the caller to close; None where there is none.
+    """
 
     def __init__(self, descriptor: int) -> None:
         super().__init__("it was frozen meanwhile")
         self.descriptor = descriptor
+        self.ours: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +151,12 @@ class _Seized:
     def _wait_for_event_stop(self) -> None:
         """Signals on their way are delivered first: the thread then stops in or before their handler."""
         while True:
-            status = self._next_stop()
+            status = self._next_stop(STOP_WAIT_S)
             if ptrace.stop_event(status) == ptrace.PTRACE_EVENT_STOP:
                 return
             ptrace.resume(self._tid, ptrace.stop_signal(status))
 
-    def _next_stop(self, wait_s: float = STOP_WAIT_S) -> int:
+    def _next_stop(self, wait_s: float) -> int:
         begin = self._running_at = self._clock()
         while (status := ptrace.poll_stop(self._tid)) is None:
             self._running_at = self._clock()
@@ -201,6 +205,9 @@ class _Seized:
             raise NotInjected(str(error)) from error
         try:
             self.close(theirs)
+        except LeftBehind as error:
+            error.ours = ours
+            raise
         except BaseException:
             os.close(ours)
             raise
@@ -235,20 +242,24 @@ class _Seized:
         while True:
             self._standing = False
             ptrace.resume_to_syscall(self._tid)
+            rescued = False
             try:
-                status = self._next_stop()
+                status = self._next_stop(STOP_WAIT_S)
             except Stuck:
-                # Frozen before the instruction was reached: a frozen task still stops for its tracer.
+                # Perhaps frozen before the instruction was reached: a frozen task still stops for its tracer.
+                rescued = True
                 ptrace.interrupt(self._tid)
-                self._next_stop(RESCUE_WAIT_S)
-                self._standing = True
-                raise NotInjected("it is frozen") from None
+                status = self._next_stop(RESCUE_WAIT_S)
             self._standing = True
+            # Also when rescued: a thread that was only slow may have entered meanwhile. Put back in its own registers
+            # inside a system call, it would do its own last one again.
             if ptrace.stop_signal(status) == ptrace.SYSCALL_STOP:
                 return
             if ptrace.stop_event(status) == 0:
                 # Only SIGSTOP passes a full mask. It is sent again when all is as before.
                 self._swallowed.append(ptrace.stop_signal(status))
+            elif rescued:
+                raise NotInjected("it is frozen")
 
     def let_go(self) -> None:
         """Put the thread back as it was and let it run on."""

@@ -26,6 +26,9 @@ from runtime.memory.tracer_thread import TracerThread
 from runtime.memory.watched import WatchedMemory
 
 NOT_ARMED = "not armed"
+# What a process still holds of ours is asked back for as long as this before it is left there: it may be frozen.
+TAKE_BACK_S = 1.0
+TAKE_BACK_PAUSE_S = 0.002
 _UFFD_LINK = "anon_inode:[userfaultfd]"
 
 
@@ -55,6 +58,8 @@ class UffdTracker:
         # As they were before everything was let go.
         self._facts: TrackerFacts | None = None
         self._shared = SharedMemory() if shared else None
+        # Userfaultfds that a process could not close, kept to find them again in its children.
+        self._kept: list[int] = []
 
     def arm(self, pids: Iterable[int]) -> None:
         self._facts = None
@@ -108,12 +113,23 @@ class UffdTracker:
 
     def close(self) -> None:
         self._facts = self.facts()
-        for pid, task in list(self._tasks.items()):
-            for number in list(task.left_behind):
-                with contextlib.suppress(NotInjected):
-                    self._close_in(pid, number)
+        end = time.monotonic() + TAKE_BACK_S
+        while self._kept and self._some_hold_ours() and time.monotonic() < end:
+            time.sleep(TAKE_BACK_PAUSE_S)
+        while self._kept:
+            os.close(self._kept.pop())
+        for pid in list(self._tasks):
             self._forget(pid)
         self._tracer.close()
+
+    def _some_hold_ours(self) -> bool:
+        """Asks each process to close what it holds; whether one could not."""
+        left = False
+        for task in self._tasks.values():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                self._take_back_descriptors(task)
+                left = left or bool(task.left_behind)
+        return left
 
     def _task(self, pid: int) -> _Task:
         """What is known of the process; nothing, where the pid is another process's now."""
@@ -151,6 +167,8 @@ class UffdTracker:
             userfaultfd.enable(descriptor)
         except LeftBehind as error:
             task.left_behind.add(error.descriptor)
+            if error.ours is not None:
+                self._kept.append(error.ours)
             reason = str(error)
         except (NotInjected, KernelCallFailed) as error:
             reason = str(error)
@@ -166,11 +184,14 @@ class UffdTracker:
         A child that was forked in the moment between the two injected calls has inherited the descriptor.
         """
         ours = [other.memory.descriptor for other in self._tasks.values() if other.memory.descriptor is not None]
-        strays = task.left_behind | {
+        ours += self._kept
+        held = _userfaultfds_of(task.pid)
+        strays = (task.left_behind & held) | {
             number
-            for number in _userfaultfds_of(task.pid)
+            for number in held
             if any(same_open_file(os.getpid(), descriptor, task.pid, number) for descriptor in ours)
         }
+        task.left_behind = set(strays)
         for number in strays:
             with contextlib.suppress(NotInjected):
                 self._close_in(task.pid, number)
