@@ -2,7 +2,8 @@
 
 One line of JSON for each memory size, mode and transport; mode ``plain`` is criu dump | tar | criu restore between the
 same two lab hosts, measured in turn with the moves so that a busy moment of the machine hits both:
-{"memory_mib", "mode", "transport", "blackout_ms", "total_ms", "paused_ms", "ratio_blackout", "ratio_paused", "runs"}
+{"memory_mib", "mode", "transport", "blackout_ms", "total_ms", "paused_ms", "ratio_blackout", "ratio_paused", "phases",
+"runs"}, where "phases" are the milliseconds of each in a move's report.
 
 Figures are medians of "runs". ``blackout_ms`` is what the move reports, and for plain CRIU the time frozen that CRIU
 itself counts plus everything up to the end of the restore. ``paused_ms`` is measured by the moved program itself, in
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,11 +54,12 @@ class BenchFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One move, or one plain transfer, in milliseconds."""
+    """One move, or one plain transfer, in milliseconds; ``phases`` are a move's."""
 
     blackout_ms: float
     total_ms: float
     paused_ms: float
+    phases: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, float]:
         figures = {"blackout_ms": self.blackout_ms, "total_ms": self.total_ms, "paused_ms": self.paused_ms}
@@ -114,7 +116,12 @@ class Bench:
             report = json.loads(shown.splitlines()[-1])
             time.sleep(SETTLE_S)
             pauses = self._output("host2", "cmigrate", "exec", NAME, "cat", "/pauses.jsonl")
-            return Run(blackout_ms=report["blackout_ms"], total_ms=report["total_ms"], paused_ms=longest_pause(pauses))
+            return Run(
+                blackout_ms=report["blackout_ms"],
+                total_ms=report["total_ms"],
+                paused_ms=longest_pause(pauses),
+                phases={phase["name"]: phase["ms"] for phase in report["phases"]},
+            )
 
     def plain(self) -> Run:
         """criu dump on host1's tmpfs, tar over TCP, criu restore from host2's tmpfs."""
@@ -200,6 +207,10 @@ def summarise(memory_mib: int, runs: dict[tuple[str, str], list[Run]]) -> list[d
             **{figure: round(median(way, figure), 1) for figure in ("blackout_ms", "total_ms", "paused_ms")},
             "ratio_blackout": round(median(PLAIN, "blackout_ms") / median(way, "blackout_ms"), 2),
             "ratio_paused": round(median(PLAIN, "paused_ms") / median(way, "paused_ms"), 2),
+            "phases": {
+                name: round(statistics.median(run.phases.get(name, 0.0) for run in runs[way]), 1)
+                for name in runs[way][0].phases
+            },
             "runs": [run.to_json() for run in runs[way]],
         }
         for way in runs
