@@ -16,7 +16,8 @@ from typing import Any, Self
 from runtime.address import host_address
 from runtime.api import Container
 from runtime.errors import BadInput, WrongState
-from runtime.linux.tcp_table import listeners
+from runtime.linux.listen_table import ListenTable
+from runtime.network import in_network_namespace
 
 START_TIMEOUT_S = 10.0
 SETTLE_S = 0.3
@@ -41,7 +42,8 @@ def probe_words(asked: str, container: Container) -> list[str]:
 def _first_listener(container: Container) -> str:
     """The lowest TCP port on which the container listens for others. UDP sockets do not tell whether they answer."""
     network = container.spec.network
-    ports = {listener.port for listener in listeners(container.state.init_pid) if not listener.loopback}
+    with in_network_namespace(container.state.init_pid, ListenTable) as table:
+        ports = {listener.port for listener in table.listeners() if not listener.loopback}
     if network is None or not ports:
         raise WrongState(
             f"--probe auto: container {container.name} listens on no TCP port",

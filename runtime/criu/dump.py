@@ -27,7 +27,7 @@ from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, dump_request, external_mounts
 from runtime.criu.rpc import CriuSession
 from runtime.errors import CriuFailed
-from runtime.linux.tcp_table import waiting_connections
+from runtime.linux.listen_table import ListenTable
 from runtime.linux.vfork import tasks_in_vfork
 from runtime.neighbours import known_neighbours
 from runtime.network import ContainerNetwork, in_network_namespace
@@ -58,6 +58,7 @@ class HeldDump:
         self._cgroup = containers.cgroup(container.id)
         self._network = ContainerNetwork(containers.host, container.id)
         self._session: CriuSession | None = None
+        self._listen_table: ListenTable | None = None
         self._frozen = False
         self.mounts: tuple[ExternalMount, ...] = ()
         self.pipes: tuple[int, int] = (0, 0)
@@ -82,6 +83,7 @@ class HeldDump:
         if self.container.spec.network is not None:
             self._network.look_up()
             self._network.open_inside(state.init_pid, self.container.spec.network)
+        self._listen_table = in_network_namespace(state.init_pid, ListenTable)
         status = ask_monitor(self._containers.host, self.container.id, "status")
         self.pipes = (status["pipes"][0], status["pipes"][1])
         self.mounts = external_mounts(self.container.spec, Path(f"/proc/{state.init_pid}/mountinfo").read_text())
@@ -148,15 +150,15 @@ class HeldDump:
     def _let_accept(self) -> None:
         """A connection that nobody has accepted can not be dumped, and its client would be reset. None comes any more,
         so the container runs for moments until it has taken those that wait; one that does not keeps nobody waiting."""
-        init_pid = self.container.state.init_pid
-        self.unaccepted = waiting_connections(init_pid)
+        assert self._listen_table is not None
+        self.unaccepted = self._listen_table.waiting_connections()
         if not self.unaccepted:
             return
         for attempt in range(ACCEPT_ATTEMPTS):
             self._cgroup.thaw()
             time.sleep(ACCEPT_PAUSE_S * (1 + attempt))
             self._freeze_outside_vfork()
-            before, self.unaccepted = self.unaccepted, waiting_connections(init_pid)
+            before, self.unaccepted = self.unaccepted, self._listen_table.waiting_connections()
             if not self.unaccepted or (attempt >= ACCEPT_PATIENCE and self.unaccepted == before):
                 break
         ask_monitor(self._containers.host, self.container.id, "drain")
@@ -224,6 +226,8 @@ class HeldDump:
         if self._session is not None:
             self._session.close()
             self._session = None
+        if self._listen_table is not None:
+            self._listen_table.close()
         self._network.close()
 
     def _active(self) -> CriuSession:

@@ -1,0 +1,58 @@
+"""The kernel's answer to who listens."""
+
+import os
+import socket
+import struct
+
+import pytest
+
+from runtime.errors import KernelCallFailed
+from runtime.linux.listen_table import NLMSG_ERROR, ListenTable, parse_listeners
+
+
+@pytest.mark.parametrize(
+    ("family", "address", "loopback"),
+    [
+        (socket.AF_INET, "127.0.0.1", True),
+        (socket.AF_INET, "0.0.0.0", False),
+        (socket.AF_INET6, "::1", True),
+        (socket.AF_INET6, "::", False),
+    ],
+)
+def test_connections_that_nobody_accepts_are_counted(
+    family: socket.AddressFamily, address: str, loopback: bool
+) -> None:
+    with ListenTable() as table, socket.create_server((address, 0), family=family) as server:
+        port = server.getsockname()[1]
+        to = "::1" if family == socket.AF_INET6 else "127.0.0.1"
+        with socket.create_connection((to, port)), socket.create_connection((to, port)) as second:
+            mine = [listener for listener in table.listeners() if listener.port == port]
+            assert [(listener.waiting, listener.loopback) for listener in mine] == [(2, loopback)]
+            server.accept()[0].close()
+            mine = [listener for listener in table.listeners() if listener.port == port]
+            # A connection is no listener, whatever its port.
+            assert [listener.waiting for listener in mine] == [1]
+            assert second.getsockname()[1] not in {listener.port for listener in table.listeners()}
+    assert port not in {listener.port for listener in ListenTable().listeners()}
+
+
+def test_more_listeners_than_one_answer_holds_are_all_found() -> None:
+    servers = [socket.create_server(("127.0.0.1", 0)) for _number in range(600)]
+    try:
+        with ListenTable() as table:
+            assert {server.getsockname()[1] for server in servers} <= {one.port for one in table.listeners()}
+    finally:
+        for server in servers:
+            server.close()
+
+
+def test_a_kernel_that_refuses_is_said_to() -> None:
+    answer = struct.pack("=LHHLLi", 36, NLMSG_ERROR, 0, 0, os.getpid(), -2) + bytes(16)
+    with pytest.raises(KernelCallFailed, match="no tcp_diag"):
+        list(parse_listeners(answer))
+
+
+def test_an_answer_that_is_cut_short_or_makes_no_sense_is_no_listener() -> None:
+    assert list(parse_listeners(bytes(15))) == []
+    assert list(parse_listeners(bytes(64))) == []
+    assert list(parse_listeners(struct.pack("=LHHLL", 20, 20, 0, 0, 0) + bytes(4))) == []
