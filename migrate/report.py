@@ -90,8 +90,9 @@ class MoveReport:
     ended before anything froze. ``downtime_ms`` is the longest time without an answer that a probe saw, if one ran.
     ``memory_bytes`` is what the container had in memory. ``rounds`` counts passes of pre-copy, so it is 0 without
     pre-copy. ``why`` the mode was taken; ``predicted_blackout_ms`` by the last round, else by the plan, None without
-    either; ``slowed_to_cpus`` None when the container ran at its own speed. ``blockers`` are preflight's, as mappings
-    with check, what and remedy.
+    either; ``slowed_to_cpus`` None when the container ran at its own speed. ``closed_connections`` are TCP
+    connections of the container that were ended when it froze: "LOCAL:PORT - REMOTE:PORT". ``blockers`` are
+    preflight's, as mappings with check, what and remedy.
     """
 
     id: str
@@ -113,6 +114,7 @@ class MoveReport:
     why: str = ""
     predicted_blackout_ms: float | None = None
     slowed_to_cpus: float | None = None
+    closed_connections: tuple[str, ...] = ()
     versions: Versions = field(default_factory=Versions)
     error: ReportedError | None = None
     blockers: tuple[Mapping[str, Any], ...] = ()
@@ -125,6 +127,7 @@ class MoveReport:
         for name in ("blackout_ms", "downtime_ms", "total_ms", "predicted_blackout_ms"):
             data[name] = None if data[name] is None else round(data[name], 3)
         data["phases"] = [{"name": phase.name, "ms": round(phase.ms, 3)} for phase in self.phases]
+        data["closed_connections"] = list(self.closed_connections)
         data["blockers"] = [dict(blocker) for blocker in self.blockers]
         if self.error is not None:
             data["error"]["log_lines"] = list(self.error.log_lines)
@@ -142,6 +145,7 @@ def report_from_json(data: Mapping[str, Any]) -> MoveReport:
         fields["sent_bytes"] = SentBytes(**_known(SentBytes, fields["sent_bytes"]))
         fields["versions"] = Versions(**_known(Versions, fields["versions"]))
         fields["phases"] = tuple(PhaseTime(**_known(PhaseTime, phase)) for phase in fields["phases"])
+        fields["closed_connections"] = tuple(map(str, fields.get("closed_connections", ())))
         fields["blockers"] = tuple(dict(blocker) for blocker in fields["blockers"])
         if fields.get("fill") is not None:
             fields["fill"] = Fill(**_known(Fill, fields["fill"]))

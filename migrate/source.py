@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from migrate import messages
 from migrate.asking import bring_memory, not_seen_complete
-from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack, name_peer
+from migrate.causes import event_of
+from migrate.errors import InDoubt, MoveRefused, RolledBack, name_peer
 from migrate.guards import CallOff, garbage_collector_off, signals_ignored
 from migrate.journal import Journal
 from migrate.links import Session
@@ -28,6 +29,7 @@ from migrate.postcopy_source import KeptMemory
 from migrate.precopy import Budget
 from migrate.rounds import Gauges, Rounds, untracked_warning
 from runtime.api import Container, Status
+from runtime.connections import TcpPolicy
 from runtime.container import Containers, open_tree_roots
 from runtime.criu.binary import CriuBinary
 from runtime.criu.dump import HeldDump
@@ -70,6 +72,7 @@ class SourceMove:
         budget: Budget,
         lift_bandwidth: Callable[[], None],
         make_report: Callable[[SourceMove], Mapping[str, Any]],
+        tcp: TcpPolicy = "keep",
     ) -> None:
         self._containers = Containers(host)
         self._host = host
@@ -86,7 +89,7 @@ class SourceMove:
         self._closing = ExitStack()
         self._work = WorkDirectory(host.state_dir / "moves" / move_id if mode == "stopcopy" else None)
         self._out = Outgoing(session.channel, lambda: Deadline.after(IDLE_TIMEOUT_S))
-        self._dump = HeldDump(self._containers, container, criu, self._work.path)
+        self._dump = HeldDump(self._containers, container, criu, self._work.path, tcp=tcp)
         self._trees = open_tree_roots(self._containers, container, self._closing)
         self._log = self._containers.store.directory(container.id) / "log.jsonl"
         self._snapshots: list[Snapshot | None] = [None] * len(self._trees)
@@ -96,6 +99,7 @@ class SourceMove:
         self._live: LiveMemory | None = None
         self._filter: PageFilter | None = None
         self.kept: KeptMemory | None = None
+        self.closed: tuple[str, ...] = ()  # connections that the move ended
         self._undo = ExitStack()
         self._call_off = CallOff()
         self._budget = budget
@@ -192,7 +196,7 @@ class SourceMove:
             raise error
         # A second Ctrl-C must not leave the container as the first one found it: frozen.
         with signals_ignored():
-            self._on(_event_of(error))
+            self._on(event_of(error))
         if isinstance(error, (KeyboardInterrupt, MoveRefused)):
             raise error
         raise RolledBack.because(error) from error
@@ -312,6 +316,7 @@ class SourceMove:
         self._mark("freeze")
         self._dump.freeze()
         self._send(messages.Frozen(move_id=self._move_id))
+        self.closed = self._dump.close_lost()  # while the target gets ready to hold frames
         self._hear(messages.Holding)
         self._dump.cut_off()
         if self._dump.unaccepted:
@@ -387,13 +392,3 @@ class SourceMove:
             self._containers.forward_ports(self._container.spec)
         except RuntimeFault as error:
             self._observer.on_event(Warning(what=f"published ports do not lead to the target from here: {error}"))
-
-
-def _event_of(error: BaseException) -> Event:
-    if isinstance(error, KeyboardInterrupt):
-        return Event.CANCELLED
-    if isinstance(error, (MoveRefused, PeerFailed)):
-        return Event.TARGET_REFUSED
-    if isinstance(error, TransportError):
-        return Event.LINK_LOST
-    return Event.FAULT

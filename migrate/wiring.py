@@ -26,6 +26,7 @@ from migrate.source import FIRST_EPOCH, SourceMove
 from migrate.survey import answer_measure, survey
 from migrate.target import handle_offer, handle_preflight
 from runtime.api import Container, Status
+from runtime.connections import TcpPolicy
 from runtime.container import Containers, utc_now
 from runtime.criu.binary import find_criu
 from runtime.errors import BadInput, RuntimeFault, WrongState
@@ -52,6 +53,7 @@ class MoveOptions:
     budget: Budget = field(default_factory=Budget)
     bandwidth_Bps: float | None = None
     allow_postcopy: bool = False
+    tcp: TcpPolicy = "auto"
     timeout_s: float = 20.0
     probe: str = ""
     """What a probe on this host asks meanwhile: an address as probing.py knows it, ``auto``, or nothing."""
@@ -199,7 +201,7 @@ def _move_locked(
         held.on_event(_started(course))
         if planned is not None:
             held.on_event(planned)
-        _check(containers, container, session, course, held)
+        _check(containers, container, session, course, held, options.tcp)
         if options.dry_run:
             return _report(course, Outcome.REFUSED)
         paced, lift_bandwidth = _paced(session, options.bandwidth_Bps)
@@ -214,6 +216,7 @@ def _move_locked(
             budget=replace(options.budget, hybrid=course.mode == "hybrid"),
             lift_bandwidth=lift_bandwidth,
             make_report=lambda done: _moved(course, done).to_json(),
+            tcp=options.tcp,
         )
         course.began = True
         try:
@@ -261,9 +264,11 @@ def _started(course: _Course) -> MoveStarted:
     )
 
 
-def _check(containers: Containers, container: Container, session: Session, course: _Course, held: Held) -> None:
+def _check(
+    containers: Containers, container: Container, session: Session, course: _Course, held: Held, tcp: TcpPolicy
+) -> None:
     """Preflight on both hosts; raises MoveRefused with all blockers of both at once."""
-    seen = preflight.check_source(containers, container, mode=course.mode)
+    seen = preflight.check_source(containers, container, mode=course.mode, tcp=tcp)
     question = messages.Preflight(
         spec=container.spec, mode=course.mode, memory_bytes=course.memory_bytes, facts=seen.facts
     )
@@ -303,6 +308,7 @@ def _moved(course: _Course, source: SourceMove) -> MoveReport:
         sent_bytes=SentBytes(images=sent["images"], pages=sent["pages"], files=sent["files"], control=sent["control"]),
         phases=tuple(PhaseTime(name=name, ms=ms) for name, ms in clock.phases(running_at)),
         fill=_fill(source),
+        closed_connections=source.closed,
     )
 
 

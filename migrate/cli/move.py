@@ -149,6 +149,13 @@ def _budget(
     is_flag=True,
     help="Allow modes in which memory follows after the switch: until it is there, either host's death loses it all.",
 )
+@click.option(
+    "--tcp",
+    type=click.Choice(["auto", "keep", "close"]),
+    default="auto",
+    show_default=True,
+    help="Which TCP connections to end at the freeze: auto: those that can not survive the move; close: all.",
+)
 @click.option("--dry-run", is_flag=True, help="Only check; list every reason why it could not be moved.")
 @click.option(
     "--timeout",
@@ -173,6 +180,7 @@ def move_command(
     transport: str,
     probe: str,
     allow_postcopy: bool,
+    tcp: str,
     dry_run: bool,
     timeout_s: float,
     as_json: bool,
@@ -189,9 +197,10 @@ def move_command(
 
     observer = Noting(JsonLines(sys.stdout) if as_json else Terminal(sys.stderr))
     options = MoveOptions(
-        mode=mode,  # type: ignore[arg-type]  # click.Choice has checked these two
+        mode=mode,  # type: ignore[arg-type]  # click.Choice has checked these
         transport=transport,  # type: ignore[arg-type]
         allow_postcopy=allow_postcopy,
+        tcp=tcp,  # type: ignore[arg-type]
         dry_run=dry_run,
         budget=_budget(downtime_limit_ms, max_rounds, max_time_s, max_bytes, on_timeout, throttle),
         bandwidth_Bps=bandwidth_Bps,

@@ -50,12 +50,16 @@ def report_table(report: MoveReport) -> Table:
     row("outcome", str(report.outcome), STYLES[report.outcome])
     row("started", report.started_at)
     row("blackout", blackout)
+    if report.downtime_ms is not None:
+        row("downtime", f"{report.downtime_ms:.1f} ms, as a probe saw it")
     row("total", f"{report.total_ms:.1f} ms")
     row("memory", human_bytes(report.memory_bytes))
     kinds = ", ".join(f"{name} {human_bytes(getattr(sent, name))}" for name in ("pages", "files", "images", "control"))
     row("sent", f"{human_bytes(sent.total)} ({kinds})")
     if report.rounds:
         row("rounds", str(report.rounds))
+    if report.closed_connections:
+        row("closed", "\n".join(report.closed_connections))
     if report.phases:
         table.add_section()
         for phase in report.phases:

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from migrate.preflight.connections import check_connections
 from migrate.preflight.findings import Finding, blocker, named, ok, size, warning
 from migrate.preflight.wireform import SourceFacts, needs_of, write_facts
 from runtime.api import Container, ContainerSpec, Status
+from runtime.connections import TcpPolicy
 from runtime.container import Containers
 from runtime.criu.features import CriuFeatures
 from runtime.facts import ContainerFacts, read_facts
@@ -42,13 +44,15 @@ class SourceCheck:
     findings: list[Finding]
 
 
-def check_source(containers: Containers, container: Container, *, mode: str = "diskless") -> SourceCheck:
+def check_source(
+    containers: Containers, container: Container, *, mode: str = "diskless", tcp: TcpPolicy = "keep"
+) -> SourceCheck:
     """Read once, judge, and write what the target needs. Nothing is stopped or changed."""
     facts = read_facts(containers, container)
     view = _view(containers)
     return SourceCheck(
         facts=write_facts(_for_target(container.spec, facts, view)),
-        findings=judge_source(container.spec, facts, view, mode),
+        findings=[*judge_source(container.spec, facts, view, mode), *check_connections(containers, container, tcp)],
     )
 
 

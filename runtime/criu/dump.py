@@ -20,6 +20,7 @@ from typing import Any
 from pycriu import rpc_pb2 as rpc
 
 from runtime.api import Container, Status
+from runtime.connections import ConnectionCloser, TcpPolicy
 from runtime.container import Containers
 from runtime.criu.binary import CriuBinary
 from runtime.criu.filter.table import PageFilter
@@ -50,7 +51,15 @@ FINISH_TIMEOUT_S = 60.0
 class HeldDump:
     """One dump. ``images`` is an empty directory that exists. Not thread safe except for the page server's socket."""
 
-    def __init__(self, containers: Containers, container: Container, criu: CriuBinary, images: Path) -> None:
+    def __init__(
+        self,
+        containers: Containers,
+        container: Container,
+        criu: CriuBinary,
+        images: Path,
+        *,
+        tcp: TcpPolicy = "keep",
+    ) -> None:
         self._containers = containers
         self.container = container
         self._criu = criu
@@ -66,6 +75,8 @@ class HeldDump:
         """Address -> MAC, as of the last ``note_neighbours``."""
         self.unaccepted = 0
         """Connections that nobody accepted until the end: they will be reset."""
+        self._tcp = tcp
+        self._closer: ConnectionCloser | None = None
         self.marks: dict[str, float] = {}
         """time.monotonic() of: freeze, frozen, seized, dumped, held, finished"""
 
@@ -84,6 +95,7 @@ class HeldDump:
             self._network.look_up()
             self._network.open_inside(state.init_pid, self.container.spec.network)
         self._listen_table = in_network_namespace(state.init_pid, ListenTable)
+        self._closer = ConnectionCloser(self._containers.host, self.container, self._tcp)
         status = ask_monitor(self._containers.host, self.container.id, "status")
         self.pipes = (status["pipes"][0], status["pipes"][1])
         self.mounts = external_mounts(self.container.spec, Path(f"/proc/{state.init_pid}/mountinfo").read_text())
@@ -141,6 +153,11 @@ class HeldDump:
             f"task {inside[0]} of the container stays inside vfork(), where it can not be dumped",
             hint="its child neither calls execve() nor ends: see what it waits for",
         )
+
+    def close_lost(self) -> tuple[str, ...]:
+        """End the connections that can not survive, after ``freeze``, and before ``cut_off``: their peers must hear it.
+        Returns what was ended."""
+        return () if self._closer is None else self._closer.close_lost()
 
     def cut_off(self) -> None:
         """No frame reaches the container any more; whoever holds them instead is ready."""
@@ -228,6 +245,8 @@ class HeldDump:
             self._session = None
         if self._listen_table is not None:
             self._listen_table.close()
+        if self._closer is not None:
+            self._closer.close()
         self._network.close()
 
     def _active(self) -> CriuSession:

@@ -69,6 +69,7 @@ FIELDS = [
     "why",
     "predicted_blackout_ms",
     "slowed_to_cpus",
+    "closed_connections",
     "versions",
     "error",
     "blockers",

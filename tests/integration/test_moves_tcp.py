@@ -1,0 +1,76 @@
+"""move --tcp: which connections survive, and how those end that do not."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from tests.support.lab import HOSTS, TwoHosts, nothing_left_on
+from tests.support.routed import FAR, GATEWAY, WAN, Connector, EchoServer, hosts_as_gateways
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def gateways(two_hosts: TwoHosts) -> Iterator[TwoHosts]:
+    with hosts_as_gateways(two_hosts):
+        yield two_hosts
+
+
+def test_auto_closes_what_can_not_survive_and_keeps_the_rest(gateways: TwoHosts) -> None:
+    hosts = gateways
+    connector = Connector()
+    client, host1 = (hosts.lab.host(name).holder.pid for name in ("client", "host1"))
+    with ExitStack() as stack:
+        stack.enter_context(nothing_left_on(hosts, *HOSTS))
+        container = hosts.run(connector)
+        stack.callback(container.remove)
+        stack.callback(connector.close)
+        near = stack.enter_context(EchoServer(client, hosts.client.address))
+        far = stack.enter_context(EchoServer(client, FAR))
+        own = stack.enter_context(EchoServer(host1, GATEWAY))
+        places = {"inside": ("127.0.0.1", 8001), "near": (hosts.client.address, near.port)}
+        places |= {"far": (FAR, far.port), "own": (GATEWAY, own.port)}
+        for name, (address, port) in places.items():
+            assert connector.order("open", name, address, port) == "ok"
+            assert connector.order("ask", name, "before") == "before"
+        assert far.peers[0][0] == WAN["host1"]  # the host's address, not the container's
+        words = ("move", container.name, "--to", "host2", "--mode", "diskless", "--json")
+        told = [line["what"] for line in hosts.lines("host1", *words, "--dry-run") if line["type"] == "warning"]
+        assert [line for line in told if f"{FAR}:{far.port}" in line]
+        assert [line for line in told if f"{GATEWAY}:{own.port}" in line]
+        assert not [line for line in told if hosts.client.address in line]
+        assert connector.order("ask", "far", "still") == "still"  # a dry run closes nothing
+        report = container.move("diskless", "stream")
+        closed = sorted(name.rpartition(" ")[2] for name in report["closed_connections"])
+        assert closed == sorted([f"{FAR}:{far.port}", f"{GATEWAY}:{own.port}"])
+        for name in ("inside", "near"):
+            assert connector.order("ask", name, "after") == "after"
+        for name in ("far", "own"):
+            assert connector.order("ask", name, "after") in ("EPIPE", "ECONNABORTED", "ECONNRESET", "ENOTCONN")
+        deadline = time.monotonic() + 30
+        while (far.resets, own.resets) != (1, 1):
+            assert time.monotonic() < deadline, "the peers were not told"
+            time.sleep(0.05)
+        assert connector.order("open", "far", FAR, far.port) == "ok"
+        assert connector.order("ask", "far", "again") == "again"
+
+
+def test_close_ends_all_connections_but_those_inside_the_container(two_hosts: TwoHosts) -> None:
+    connector = Connector()
+    client = two_hosts.lab.host("client").holder.pid
+    with ExitStack() as stack:
+        stack.enter_context(nothing_left_on(two_hosts, *HOSTS))
+        container = two_hosts.run(connector)
+        stack.callback(container.remove)
+        near = stack.enter_context(EchoServer(client, two_hosts.client.address))
+        assert connector.order("open", "inside", "127.0.0.1", 8001) == "ok"
+        assert connector.order("open", "near", two_hosts.client.address, near.port) == "ok"
+        report = container.move("precopy", "stream", "--tcp", "close")
+        assert len(report["closed_connections"]) == 2  # that to the echo, and the one that brings the orders
+        connector.close()
+        connector.open(container)
+        stack.callback(connector.close)
+        assert connector.order("ask", "inside", "after") == "after"
+        assert connector.order("ask", "near", "after") in ("EPIPE", "ECONNABORTED", "ECONNRESET", "ENOTCONN")

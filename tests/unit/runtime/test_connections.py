@@ -1,0 +1,72 @@
+"""Which connections a move ends."""
+
+import ipaddress
+
+import pytest
+
+from runtime.api import NetworkSpec
+from runtime.connections import fate, lost_connections
+from runtime.linux.tcp_table import TcpConnection, parse_connections
+
+NETWORK = NetworkSpec(
+    address="10.88.0.5/16",
+    mac="02:42:0a:58:00:05",
+    gateway="10.88.0.1",
+    address6="fd00:88::5/64",
+    gateway6="fd00:88::1",
+)
+HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+REST = "00000000:00000000 00:00000000 00000000     0        0 1 1"
+
+
+def to(remote: str, local: str = "10.88.0.5") -> TcpConnection:
+    where, here = ipaddress.ip_address(remote), ipaddress.ip_address(local)
+    return TcpConnection(local=here, local_port=4000, remote=where, remote_port=80, family_bits=where.max_prefixlen)
+
+
+@pytest.mark.parametrize(
+    "connection", [to("127.0.0.1", "127.0.0.1"), to("::1", "::1"), to("10.88.0.5"), to("10.88.7.7"), to("2001:db8::1")]
+)
+def test_connections_inside_the_container_and_in_its_network_survive_and_ipv6_is_not_translated(
+    connection: TcpConnection,
+) -> None:
+    assert fate(connection, NETWORK, host_is_gateway=True) == ""
+
+
+@pytest.mark.parametrize("remote", ["10.88.0.1", "fd00:88::1"])
+def test_a_connection_to_the_host_itself_is_lost_where_its_address_is_the_targets_after_the_move(remote: str) -> None:
+    assert "that address will be the target's" in fate(to(remote), NETWORK, host_is_gateway=True)
+
+
+def test_what_leaves_under_the_hosts_address_is_lost_and_what_a_router_leads_is_not() -> None:
+    assert "under this host's address" in fate(to("192.0.2.1"), NETWORK, host_is_gateway=True)
+    assert fate(to("192.0.2.1"), NETWORK, host_is_gateway=False) == ""
+
+
+def test_keep_ends_none_and_close_all_but_those_inside() -> None:
+    found = [to("127.0.0.1", "127.0.0.1"), to("10.88.7.7"), to("192.0.2.1")]
+    assert lost_connections(found, NETWORK, "keep", host_is_gateway=True) == []
+    closed = [connection for connection, _why in lost_connections(found, NETWORK, "close", host_is_gateway=True)]
+    assert closed == found[1:]
+    assert [c for c, _why in lost_connections(found, NETWORK, "auto", host_is_gateway=True)] == found[2:]
+
+
+def test_connections_are_read_without_listeners_and_those_that_are_over_and_mapped_addresses_are_ipv4() -> None:
+    text = HEAD + (
+        f"   0: 00000000:0050 00000000:0000 0A {REST}\n"
+        f"   1: 0500580A:0050 010200C0:9C40 01 {REST}\n"
+        f"   2: 0500580A:0050 010200C0:9C41 06 {REST}\n"
+        f"   3: 0500580A:0051 010200C0:9C42 02 {REST}\n"
+    )
+    found = list(parse_connections(text.splitlines()))
+    assert [str(connection) for connection in found] == [
+        "10.88.0.5:80 - 192.0.2.1:40000",
+        "10.88.0.5:81 - 192.0.2.1:40002",
+    ]
+    mapped = "0000000000000000FFFF0000{}"
+    text = HEAD + f"   0: {mapped.format('0500580A')}:0050 {mapped.format('010200C0')}:9C40 08 {REST}\n"
+    (one,) = parse_connections(text.splitlines())
+    assert (str(one), one.family_bits) == ("10.88.0.5:80 - 192.0.2.1:40000", 128)
+    text = HEAD + f"   0: 000080FD000000000000000005000000:0050 000080FD000000000000000001000000:9C40 01 {REST}\n"
+    (one,) = parse_connections(text.splitlines())
+    assert str(one) == "[fd80::5]:80 - [fd80::1]:40000"
