@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import select
@@ -42,7 +43,9 @@ def probe_words(asked: str, container: Container) -> list[str]:
 def _first_listener(container: Container) -> str:
     """The lowest TCP port on which the container listens for others. UDP sockets do not tell whether they answer."""
     network = container.spec.network
-    with in_network_namespace(container.state.init_pid, ListenTable) as table:
+    ports: set[int] = set()
+    # A container that has just ended listens nowhere.
+    with contextlib.suppress(FileNotFoundError), in_network_namespace(container.state.init_pid, ListenTable) as table:
         ports = {listener.port for listener in table.listeners() if not listener.loopback}
     if network is None or not ports:
         raise WrongState(

@@ -74,3 +74,37 @@ def test_close_ends_all_connections_but_those_inside_the_container(two_hosts: Tw
         stack.callback(connector.close)
         assert connector.order("ask", "inside", "after") == "after"
         assert connector.order("ask", "near", "after") in ("EPIPE", "ECONNABORTED", "ECONNRESET", "ENOTCONN")
+
+
+@pytest.mark.parametrize("probe", ["auto", "echo"])
+def test_a_probe_beside_the_move_puts_the_downtime_into_the_report(two_hosts: TwoHosts, probe: str) -> None:
+    connector = Connector()
+    with ExitStack() as stack:
+        stack.enter_context(nothing_left_on(two_hosts, *HOSTS))
+        container = two_hosts.run(connector)
+        stack.callback(container.remove)
+        stack.callback(connector.close)
+        asked = probe if probe == "auto" else f"echo://{container.address}:8001"
+        for transport in ("stream", "ssh"):
+            source = container.host
+            report = container.move("diskless", transport, "--probe", asked)
+            # On a busy machine either end of the gap may be seen late; that it is seen at all is what counts here.
+            assert report["downtime_ms"] >= report["blackout_ms"] * 0.5
+            assert report["downtime_ms"] < report["blackout_ms"] + 5000
+            kept = two_hosts.lines(source, "report", report["id"], "--json")[0]
+            assert kept["downtime_ms"] == report["downtime_ms"]
+            assert "downtime" in two_hosts.cmigrate(source, "report", report["id"]).stdout
+
+
+def test_a_probe_that_nothing_answers_refuses_the_move_before_it_begins(two_hosts: TwoHosts) -> None:
+    connector = Connector()
+    with ExitStack() as stack:
+        stack.enter_context(nothing_left_on(two_hosts, *HOSTS))
+        container = two_hosts.run(connector)
+        stack.callback(container.remove)
+        stack.callback(connector.close)
+        words = ("move", container.name, "--to", "host2", "--mode", "diskless", "--probe", f"{container.address}:9")
+        done = two_hosts.cmigrate("host1", *words, check=False)
+        assert done.returncode != 0
+        assert "--probe tcp://" in done.stderr
+        assert container.inspect()["state"]["status"] == "running"
