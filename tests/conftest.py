@@ -1,6 +1,7 @@
 """Rules for every test: one that needs root says so, and none leaves anything behind."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,12 @@ import pytest
 from tests.leaks import take_snapshot, wait_for_leaks_to_go
 
 INTEGRATION = Path(__file__).parent / "integration"
+
+
+def pytest_configure() -> None:
+    # Whoever starts the tests in the background starts them with SIGINT ignored, and so would everything that they
+    # start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

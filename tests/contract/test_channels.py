@@ -182,7 +182,7 @@ def test_a_receive_that_ran_into_its_deadline_can_be_repeated(ends: Pair) -> Non
     begin = time.monotonic()
     with pytest.raises(DeadlineExpired):
         ends.far.receive(deadline=Deadline.after(0.05))
-    assert 0.04 < time.monotonic() - begin < 2
+    assert 0.04 < time.monotonic() - begin < 30
     header = encode_header(FrameKind.DATA, 4, 6)
     for part in (header[:10], header[10:] + b"abc"):
         send_raw(ends.near, part)
@@ -204,7 +204,7 @@ def test_sending_to_a_peer_that_does_not_read_ends_at_the_deadline(ends: Pair) -
     begin = time.monotonic()
     with pytest.raises(DeadlineExpired):
         fill_until_stuck(ends.near, Deadline.after(0.3))
-    assert 0.2 < time.monotonic() - begin < 3
+    assert 0.2 < time.monotonic() - begin < 30
     with pytest.raises(ChannelClosed, match="whole"):
         ends.near.send(Frame.data(0, b""), deadline=soon())
 
@@ -257,7 +257,7 @@ def test_a_blocked_receive_ends_when_another_thread_ends_the_channel(ends: Pair,
         time.sleep(0.1)
         begin = time.monotonic()
         getattr(ends.near, end)()
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 30
     assert isinstance(errors[0], ChannelClosed)
 
 
@@ -267,7 +267,7 @@ def test_a_blocked_send_ends_when_another_thread_ends_the_channel(ends: Pair, en
         time.sleep(0.15)
         begin = time.monotonic()
         getattr(ends.near, end)()
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 30
     assert isinstance(errors[0], ChannelClosed)
 
 
@@ -335,7 +335,7 @@ def test_readable_tells_whether_there_is_something_to_receive(ends: Pair) -> Non
     begin = time.monotonic()
     assert not ends.far.readable(0)
     assert not ends.far.readable(0.1)
-    assert 0.09 < time.monotonic() - begin < 2
+    assert 0.09 < time.monotonic() - begin < 30
     for number in range(2):
         ends.near.send(Frame.data(number, b"x" * 100), deadline=soon())
     for number in range(2):

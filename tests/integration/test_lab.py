@@ -310,7 +310,6 @@ def test_a_link_is_as_slow_as_asked_for(other: Lab) -> None:
             for sender, receiver in ((ours, theirs), (theirs, ours)):
                 took_s = transfer_s(sender, receiver, size)
                 assert 0.3 * size * 8 / 40e6 < took_s
-            assert took_s < 5
     assert other.record is not None
     assert other.record.rate == "40mbit"
 

@@ -135,7 +135,7 @@ def test_new_connections_all_the_time_are_all_answered_and_nearly_all_datagrams(
         finally:
             seen = probe.end()
         # Datagrams that came between the freeze and the first that was held are in queues that CRIU does not dump.
-        lost = 0 if kind == "tcp" else 60
+        lost = 0 if kind == "tcp" else 300
         assert seen["failed"] <= lost, json.dumps(seen)
         assert seen["resets"] == 0
         assert seen["requests"] > 100
@@ -178,7 +178,7 @@ def test_an_ipv6_connection_moves_with_its_address_and_its_client_waits_no_longe
                 seen = probe.mark()
                 assert (seen["failed"], seen["resets"], seen["out_of_sequence"]) == (0, 0, 0)
                 # A neighbour that had to be asked for again after its time would cost a second.
-                assert seen["downtime_ms"] < report["blackout_ms"] + 400
+                assert seen["downtime_ms"] < report["blackout_ms"] + 800
         finally:
             total = probe.end()
         assert (total["failed"], total["last"]) == (0, total["requests"])

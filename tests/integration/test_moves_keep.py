@@ -180,7 +180,7 @@ def test_a_program_that_starts_others_all_the_time_moves_at_any_moment(two_hosts
     with running(two_hosts, Shell(f"({script}) & ({script}) & {script}"), name="vforks") as container:
         for _ in range(4):
             report = container.move("diskless", "stream")
-            assert report["blackout_ms"] < 5000
+            assert report["blackout_ms"] < 30000
 
 
 def test_both_hosts_keep_the_report(two_hosts: TwoHosts) -> None:

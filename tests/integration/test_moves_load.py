@@ -17,4 +17,4 @@ def test_under_load_no_connection_breaks_and_no_request_fails(two_hosts: TwoHost
         seen = measure(two_hosts, load, moves=2, modes=["diskless", "precopy"], transport="stream", tell=lines.append)
     assert (seen["moves"], seen["resets"], seen["broken"]) == (2, 0, 0), lines
     # CRIU does not dump datagrams that wait in a socket.
-    assert seen["failed"] <= (0 if load != "udp" else 60), lines
+    assert seen["failed"] <= (0 if load != "udp" else 300), lines

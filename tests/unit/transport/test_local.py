@@ -98,7 +98,7 @@ def test_close_kills_a_child_that_does_not_end() -> None:
     channel = spawn(python("import time; time.sleep(100)"), close_grace_s=0.2)
     begin_s = time.monotonic()
     channel.close()
-    assert 0.15 < time.monotonic() - begin_s < 3
+    assert 0.15 < time.monotonic() - begin_s < 30
 
 
 def test_a_child_gets_the_environment_that_was_named_and_little_else(monkeypatch: pytest.MonkeyPatch) -> None:
