@@ -1,5 +1,8 @@
 """`stream://`: the protocol over TCP with mutual TLS 1.3 and pinned certificates.
 
+When both ends offer it (ALPN), the server's first words are two keys, and everything after them goes in records of our
+own: see transport/sealed.py.
+
 Each side trusts exact certificates and nothing else, so neither names nor dates nor authorities matter. In TLS 1.3 the
 client's handshake ends before the server has looked at the client's certificate; so the server says GREETING when it
 has, and `connect` waits for that: a refused certificate is an error of `connect`, not of the first message.
@@ -37,7 +40,8 @@ from transport.identity import (
     fingerprint_der,
     load_or_create_identity,
 )
-from transport.streams import Waker, pieces, shut_down
+from transport.sealed import KEY_BYTES, SealedStream, new_key, supported
+from transport.streams import ByteStream, Waker, pieces, shut_down
 from transport.tcp import accept, dial, listen
 
 __all__ = [
@@ -54,13 +58,16 @@ GREETING = b"CMG1"
 HANDSHAKE_S = 10.0
 """Longest that a server waits for a client to finish its handshake."""
 
+_SEALED = "cmigrate-sealed/1"
 _RECORD_BYTES = 16384
 _NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME of OpenSSL's x509_vfy.h; Python has no name for it.
 _TRUST_HINT = "run `cmigrate host add` for that host, so that both hosts know each other's certificates"
 
 
-def _context(protocol: int, identity: Identity) -> ssl.SSLContext:
+def _context(protocol: int, identity: Identity, *, sealed: bool) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
+    if sealed and supported():
+        context.set_alpn_protocols([_SEALED])
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -76,14 +83,14 @@ def _context(protocol: int, identity: Identity) -> ssl.SSLContext:
     return context
 
 
-def _client_context(identity: Identity) -> ssl.SSLContext:
+def _client_context(identity: Identity, *, sealed: bool) -> ssl.SSLContext:
     # OpenSSL checks nothing about the server here, because `connect` compares its certificate with the pinned one
     # before a byte is sent, and can then name both; the handshake proves that the server has the key either way.
-    return _context(ssl.PROTOCOL_TLS_CLIENT, identity)
+    return _context(ssl.PROTOCOL_TLS_CLIENT, identity, sealed=sealed)
 
 
-def _server_context(identity: Identity, trusted: Mapping[str, str]) -> ssl.SSLContext:
-    context = _context(ssl.PROTOCOL_TLS_SERVER, identity)
+def _server_context(identity: Identity, trusted: Mapping[str, str], *, sealed: bool) -> ssl.SSLContext:
+    context = _context(ssl.PROTOCOL_TLS_SERVER, identity, sealed=sealed)
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags = ssl.VerifyFlags(context.verify_flags | _NO_CHECK_TIME)
     # A resumed session would skip the look at the certificate.
@@ -122,6 +129,16 @@ class TlsStream:
         if der is None:
             raise AuthenticationFailed("the peer showed no certificate", hint=_TRUST_HINT)
         return der
+
+    @property
+    def sealed(self) -> bool:
+        """After the handshake: both ends want records of our own."""
+        return self._socket.selected_alpn_protocol() == _SEALED
+
+    def release(self) -> socket.socket:
+        """The socket as it is, with nothing of the session left in it to read; this stream is of no more use."""
+        self._waker.close()
+        return socket.socket(fileno=self._socket.detach())
 
     def read_into(self, buffer: memoryview, deadline: Deadline) -> int:
         while True:
@@ -218,7 +235,7 @@ class TlsConnector:
     """Reaches the agent at host:port, which must show exactly the certificate `peer_cert_pem`.
 
     `reach_s` bounds the TCP connection alone: who has another way to go learns soon that nobody is there, and a busy
-    agent still has its time.
+    agent still has its time. Without ``sealed`` all goes by TLS, as with an older agent.
     """
 
     host: str
@@ -227,21 +244,24 @@ class TlsConnector:
     peer_cert_pem: str
     name: str
     reach_s: float | None = None
+    sealed: bool = True
 
     def connect(self, *, deadline: Deadline) -> Channel:
         expected = certificate_der(self.peer_cert_pem)
-        context = _client_context(self.identity)
+        context = _client_context(self.identity, sealed=self.sealed)
         reach = deadline if self.reach_s is None else deadline.within(self.reach_s)
         sock = dial(self.host, self.port, deadline=reach, hint="is `cmigrate serve` running there, and the port open?")
-        stream = TlsStream(sock, context, server_side=False)
+        tls = TlsStream(sock, context, server_side=False)
         try:
-            self._check(stream.handshake(deadline), expected)
-            self._expect_greeting(stream, deadline)
+            self._check(tls.handshake(deadline), expected)
+            self._expect_greeting(tls, deadline)
+            keys = self._expect(tls, 2 * KEY_BYTES, deadline) if tls.sealed else b""
         except BaseException as error:
-            stream.close()
+            tls.close()
             if isinstance(error, OSError):
                 raise ConnectFailed(f"{self._where} ended the handshake: {error.strerror}") from error
             raise
+        stream: ByteStream = _sealed(tls, keys[:KEY_BYTES], keys[KEY_BYTES:]) if keys else tls
         return StreamChannel(stream, Peer(name=self.name, transport="stream", detail=f"{self.host}:{self.port}"))
 
     @property
@@ -255,29 +275,35 @@ class TlsConnector:
                 hint=f"if {self.name} was set up again, run `cmigrate host add` for it; if not, someone is in between",
             )
 
-    def _expect_greeting(self, stream: TlsStream, deadline: Deadline) -> None:
-        received = bytearray(len(GREETING))
+    def _expect_greeting(self, tls: TlsStream, deadline: Deadline) -> None:
+        received = self._expect(tls, len(GREETING), deadline)
+        if received != GREETING:
+            raise ProtocolError(f"{self._where} is no cmigrate agent, or of an unknown version: it greets {received!r}")
+
+    def _expect(self, tls: TlsStream, length: int, deadline: Deadline) -> bytes:
+        received = bytearray(length)
         count = 0
-        while count < len(received):
-            got = stream.read_into(memoryview(received)[count:], deadline)
+        while count < length:
+            got = tls.read_into(memoryview(received)[count:], deadline)
             if not got:
                 raise ConnectFailed(f"{self._where} hung up after the handshake", hint="see the agent's log there")
             count += got
-        if received != GREETING:
-            raise ProtocolError(
-                f"{self._where} is no cmigrate agent, or of an unknown version: it greets {bytes(received)!r}"
-            )
+        return bytes(received)
+
+
+def _sealed(tls: TlsStream, send_key: bytes, receive_key: bytes) -> SealedStream:
+    return SealedStream(tls.release(), send_key=send_key, receive_key=receive_key)
 
 
 def server_handshake(
-    sock: socket.socket, identity: Identity, trusted: Mapping[str, str], deadline: Deadline
+    sock: socket.socket, identity: Identity, trusted: Mapping[str, str], deadline: Deadline, *, sealed: bool = True
 ) -> Channel:
     """Take over a socket that was accepted. `trusted` maps names of hosts to their certificates (PEM); the channel's
     peer gets the name. Raises AuthenticationFailed, ProtocolError, ConnectFailed (client left) or DeadlineExpired,
     each after closing the socket: nothing a client does here takes longer than the deadline."""
     try:
         address = sock.getpeername()
-        stream = TlsStream(sock, _server_context(identity, trusted), server_side=True)
+        tls = TlsStream(sock, _server_context(identity, trusted, sealed=sealed), server_side=True)
     except BaseException as error:
         sock.close()
         if isinstance(error, OSError):
@@ -285,16 +311,18 @@ def server_handshake(
         raise
     where = f"{address[0]}:{address[1]}"
     try:
-        shown = stream.handshake(deadline)
+        shown = tls.handshake(deadline)
         name = next((name for name, pem in trusted.items() if certificate_der(pem) == shown), None)
         if name is None:
             raise AuthenticationFailed(f"{where} shows unknown certificate {fingerprint_der(shown)}", hint=_TRUST_HINT)
-        stream.write_all([memoryview(GREETING)], deadline)
+        keys = (new_key(), new_key()) if tls.sealed else ()
+        tls.write_all([memoryview(b"".join((GREETING, *keys)))], deadline)
     except BaseException as error:
-        stream.close()
+        tls.close()
         if isinstance(error, OSError):
             raise ConnectFailed(f"{where} left during the handshake: {error.strerror}") from error
         raise
+    stream: ByteStream = _sealed(tls, keys[1], keys[0]) if keys else tls
     return StreamChannel(stream, Peer(name=name, transport="stream", detail=where))
 
 

@@ -22,7 +22,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield both
 
 
-@pytest.fixture(params=[*KINDS, *(f"{kind} reversed" for kind in ("local", "tls", "ssh"))])
+@pytest.fixture(params=[*KINDS, *(f"{kind} reversed" for kind in ("local", "tls", "sealed", "ssh"))])
 def ends(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """The same for what each side has to do alike; where the sides are made differently, also with `near` and `far`
     exchanged."""

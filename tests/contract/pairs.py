@@ -36,7 +36,7 @@ class Pair:
     far: StreamChannel
 
 
-KINDS = ("memory", "faultless", "socketpair", "pipes", "local", "tls", "ssh")
+KINDS = ("memory", "faultless", "socketpair", "pipes", "local", "tls", "sealed", "ssh")
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def make_pair(kind: str, directory: Path, server: SshServer | None) -> Iterator[
         elif kind == "pipes":
             near, far = pipe_pair()
         else:
-            near, far = tls_pair()
+            near, far = tls_pair(sealed=kind == "sealed")
         undo.callback(near.close)
         undo.callback(far.close)
         yield Pair(near, far)
@@ -67,7 +67,7 @@ def pipe_pair() -> tuple[StreamChannel, StreamChannel]:
     return StreamChannel(FdStream(back_r, there_w), _peer()), StreamChannel(FdStream(there_r, back_w), _peer())
 
 
-def tls_pair() -> tuple[StreamChannel, StreamChannel]:
+def tls_pair(*, sealed: bool) -> tuple[StreamChannel, StreamChannel]:
     deadline = Deadline.after(CONNECT_S)
     accepted: list[StreamChannel] = []
     with TlsListener("127.0.0.1", 0, identity=SERVER, trusted=lambda: {"client": CLIENT.cert_pem}) as listener:
@@ -76,7 +76,12 @@ def tls_pair() -> tuple[StreamChannel, StreamChannel]:
         )
         server.start()
         connector = TlsConnector(
-            host="127.0.0.1", port=listener.port, identity=CLIENT, peer_cert_pem=SERVER.cert_pem, name="server"
+            host="127.0.0.1",
+            port=listener.port,
+            identity=CLIENT,
+            peer_cert_pem=SERVER.cert_pem,
+            name="server",
+            sealed=sealed,
         )
         near = cast(StreamChannel, connector.connect(deadline=deadline))
         server.join()
