@@ -8,6 +8,7 @@ MigrateError              what went wrong; ``hint`` says what to do next
 |-- RolledBack            the move failed; the container runs on, on the source
 |-- ContainerLost         it ran on the target without all of its memory, and the rest could not be brought
 |-- InDoubt               COMMIT is out and no answer came; the source stays frozen and asks
+|-- MemoryDiffers         --verify: a page on the target is not what it was on the source
 |-- ProtocolViolation     the peer sent what this protocol does not allow
 |-- NoCommonProtocol      the two versions of cmigrate do not understand each other
 `-- PeerFailed            the other host reported an error; carries its code and decisive lines
@@ -163,6 +164,24 @@ class ContainerLost(_Caused):
         )
 
 
+class MemoryDiffers(MigrateError):
+    """``--verify`` found pages on the target that are not what they were on the source."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            what,
+            hint="nothing ran with it; please report this, with both hosts' versions; another --mode may do it right",
+        )
+
+    @classmethod
+    def after_the_switch(cls, pages: int, target: str) -> MemoryDiffers:
+        found = cls(
+            f"the container runs on {target}, and {pages} pages that came after the switch are not what they were"
+        )
+        found.hint = "restart the container there; please report this, with both hosts' versions"
+        return found
+
+
 class StillInDoubt(MigrateError):
     """Nobody here can tell where the container may run."""
 
@@ -177,6 +196,7 @@ CODES: tuple[tuple[type[BaseException], str, ExitCode], ...] = (
     (UnknownReport, "unknown-report", ExitCode.NOT_FOUND),
     (NotRoot, "not-root", ExitCode.REFUSED),
     (NotConverging, "not-converging", ExitCode.ROLLED_BACK),
+    (MemoryDiffers, "memory-differs", ExitCode.CORRUPT),
     (MoveRefused, "refused", ExitCode.REFUSED),
     (ProtocolViolation, "protocol", ExitCode.CONNECTION),
     (NoCommonProtocol, "protocol-version", ExitCode.CONNECTION),

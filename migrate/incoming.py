@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from migrate import messages
 from migrate.errors import ProtocolViolation
 from migrate.memory_target import PageSink
+from migrate.verify_target import ExpectedMemory
 from runtime.criu.images import ImageSetWriter
 from runtime.criu.pages import SpaceId
 from runtime.tree import Change
@@ -32,6 +33,7 @@ class Incoming:
         images: Path,
         log: Path,
         pages: PageSink,
+        expected: ExpectedMemory | None,
         deadline: Callable[[], Deadline],
         on_frozen: Callable[[], None],
     ) -> None:
@@ -41,6 +43,7 @@ class Incoming:
         self._sinks = [TreeSink(root) for root in trees]
         self._image_files = ImageSetWriter(images)
         self._pages = pages
+        self._expected = expected
         self._space: SpaceId | None = None
         self._log = log
         self._on_frozen = on_frozen
@@ -57,6 +60,7 @@ class Incoming:
             "pages": self._receive_pages,
             "memory": self._receive_memory,
             "remote": self._receive_remote,
+            "hashes": self._receive_hashes,
         }
         while True:
             message = self._receive_control()
@@ -162,6 +166,11 @@ class Incoming:
     def _receive_remote(self, message: Mapping[str, Any]) -> None:
         """Pages that stay on the source until they are wanted, and pages that came as memory and are not lazy."""
         self._pages.remote(*memory_of(message, "runs", "present"))
+
+    def _receive_hashes(self, message: Mapping[str, Any]) -> None:
+        if self._expected is None:
+            raise ProtocolViolation("hashes came, and the offer spoke of none")
+        self._expected.expect(*memory_of(message, "runs", "mapped"), self._receive_whole)
 
     def _receive_whole(self, view: memoryview) -> None:
         frame = self._receive_data(len(view), view)

@@ -23,6 +23,8 @@ from runtime.memory.api import DirtyTracker, ProcessScan, TrackerFacts
 from runtime.memory.maps import Kind, parse_mappings
 from runtime.memory.ranges import EMPTY, PageRanges
 from runtime.memory.reader import PIECE_BYTES, MemoryReader, ProcessEnded, Range
+from runtime.memory.tasks import pid_inside
+from runtime.memory.watched import PRIVATE
 
 # CRIU says nothing while it waits for a task to be dumped; a task takes seconds at most.
 CRIU_SILENCE_S = 120.0
@@ -50,6 +52,11 @@ class LiveMemory:
         """That, after ``finish``, as far as CRIU is not asked about it; ``DifferenceSender`` adds the rest."""
         self.hot: dict[int, PageRanges] = {}
         """Of private memory, what was written since the last scan."""
+        self.code: dict[int, PageRanges] = {}
+        """What can be executed. CRIU runs system calls in the tasks by writing them into a page of it for a moment,
+        also after it has sent that page, of which the stream holds no copy but the page itself."""
+        self.late: dict[int, list[tuple[int, int]]] = {}
+        """Pages of these that the target lacks until ``send_late``."""
         self.pids: dict[int, int] = {}
         """This host's pid by the one inside the container, of everything in the last scan."""
 
@@ -109,11 +116,11 @@ class LiveMemory:
             inside = pid_inside(process.pid)
             if inside:
                 self.pids[inside] = process.pid
+                anonymous, self.code[inside] = anonymous_and_code(process.pid)
             if inside and not process.reason and not process.shares_memory_with:
                 self._forget_stale(inside, process)
                 known[inside] = self.fresh.get(inside, EMPTY)
                 if usable:
-                    anonymous = anonymous_ranges(process.pid)
                     hidden = long_stretches(known[inside] & anonymous)
                     hideable[process.pid] = self.hidden[inside] = hidden
                     if self.keep_back:
@@ -129,6 +136,19 @@ class LiveMemory:
         # Its marks would look like swapped pages to CRIU. Closing would do as well, but takes 25 ms for each GiB.
         self._tracker.clear_marks()
         return dirty
+
+    def send_late(self) -> None:
+        """CRIU is done with the tasks: the pages that it may have been changing while it sent them."""
+        for inside, spans in self.late.items():
+            with MemoryReader(self.pids[inside]) as reader:
+                for start, end in PageRanges.from_spans(spans).spans():
+                    for address in range(start, end, PIECE_BYTES):
+                        run = (address, min(PIECE_BYTES, end - address))
+                        data = self._buffer[: run[1]]
+                        reader.read_into([run], data)
+                        # With its zeros: for a hole in the store of such memory there may be a file that shows.
+                        send_memory(self._out, inside, [run], data, [])
+        self.late = {}
 
     def facts(self) -> TrackerFacts:
         return self._tracker.facts()
@@ -174,24 +194,17 @@ def _in_pages(ranges: list[Range]) -> list[int]:
     return [number for address, size in ranges for number in (address, size // PAGE_BYTES)]
 
 
-def pid_inside(pid: int) -> int:
-    """The pid in the container's own namespace, which the images use; 0 when the process has gone."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("NSpid:"):
-                return int(line.split()[-1])
-    except OSError:
-        pass
-    return 0
-
-
-def anonymous_ranges(pid: int) -> PageRanges:
-    """Private anonymous memory: a page of it that does not exist reads as zeros, like a hole in a store."""
+def anonymous_and_code(pid: int) -> tuple[PageRanges, PageRanges]:
+    """Private anonymous memory, a page of which reads as zeros when it does not exist, like a hole in a store; and
+    private memory that can be executed."""
     try:
         mappings = parse_mappings(Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape"))
     except OSError:
-        return EMPTY
-    return PageRanges.from_spans((m.start, m.end) for m in mappings if m.kind is Kind.ANONYMOUS)
+        return EMPTY, EMPTY
+    return (
+        PageRanges.from_spans((m.start, m.end) for m in mappings if m.kind is Kind.ANONYMOUS),
+        PageRanges.from_spans((m.start, m.end) for m in mappings if m.kind in PRIVATE and m.permissions[2] == "x"),
+    )
 
 
 def long_stretches(ranges: PageRanges) -> PageRanges:
@@ -203,32 +216,33 @@ def long_stretches(ranges: PageRanges) -> PageRanges:
 class DifferenceSender(PageSender):
     """Consumer of the page server after pre-copy: what the target has is discarded, the rest sent, all of it named.
 
-    In post-copy the rest is discarded as well, as far as a restore can do without it, and noted as kept.
+    In post-copy the rest is discarded as well, as far as a restore can do without it, and noted as kept. Code is noted
+    as late.
     """
 
     def __init__(self, out: Outgoing, live: LiveMemory) -> None:
         super().__init__(out)
         self._live = live
-        self._starts: list[int] = []
-        self._ends: list[int] = []
+        self._fresh = _Stretches(EMPTY)
+        self._code = _Stretches(EMPTY)
         self._kept: list[tuple[int, int]] = []
         self._kept_of = 0
 
     def open(self, space: SpaceId) -> None:
         super().open(space)
         self._kept_of = space.id
-        ranges = self._live.fresh.get(space.id, EMPTY) if space.kind == "task" else EMPTY
+        fresh = code = EMPTY
         if space.kind == "task":
+            fresh, code = self._live.fresh.get(space.id, EMPTY), self._live.code.get(space.id, EMPTY)
             for start, end in self._live.hidden.get(space.id, EMPTY).spans():
                 self.name(start, (end - start) // PAGE_BYTES, PE_LAZY | PE_PRESENT | HELD_FLAG)
-        spans = ranges.spans()
-        self._starts = [start for start, _end in spans]
-        self._ends = [end for _start, end in spans]
+        self._fresh, self._code = _Stretches(fresh), _Stretches(code)
 
     def run(self, space: SpaceId, address: int, pages: int, flags: int, source: RunReader) -> None:
         end = address + pages * PAGE_BYTES
         while address < end:
-            until, held = self._stretch(address, end)
+            until, held = self._fresh.at(address, end)
+            until, code = self._code.at(address, until)
             count = (until - address) // PAGE_BYTES
             if held and flags & PE_LAZY:
                 # What is not lazy may differ from its file by being zero, which a store does not tell from a hole.
@@ -237,6 +251,10 @@ class DifferenceSender(PageSender):
             elif self._live.keep_back and space.kind == "task" and flags & PE_LAZY:
                 source.discard(until - address)
                 self._kept.append((address, until))
+            elif code:
+                source.discard(until - address)
+                self.name(address, count, flags | HELD_FLAG)
+                self._live.late.setdefault(space.id, []).append((address, until))
             else:
                 super().run(space, address, count, flags, source)
             address = until
@@ -251,8 +269,17 @@ class DifferenceSender(PageSender):
             self._live.kept[self._kept_of] = self._live.kept.get(self._kept_of, EMPTY) | found
             self._kept = []
 
-    def _stretch(self, address: int, end: int) -> tuple[int, bool]:
-        """Up to where ``address`` has the same fate, and whether the target has it."""
+
+class _Stretches:
+    """Ranges, for questions that come one by one."""
+
+    def __init__(self, ranges: PageRanges) -> None:
+        spans = ranges.spans()
+        self._starts = [start for start, _end in spans]
+        self._ends = [end for _start, end in spans]
+
+    def at(self, address: int, end: int) -> tuple[int, bool]:
+        """Up to where ``address`` has the same fate, and whether it is within."""
         index = bisect_right(self._starts, address) - 1
         if index >= 0 and address < self._ends[index]:
             return min(end, self._ends[index]), True

@@ -87,10 +87,15 @@ class StorePages:
     ``finish``.
     """
 
-    def __init__(self, images: Path, criu_version: tuple[int, int, int], pager: Pager) -> None:
+    def __init__(
+        self, images: Path, criu_version: tuple[int, int, int], pager: Pager, *, keep_stores: bool = False
+    ) -> None:
+        """``keep_stores``: ``kept`` has the stores after ``finish``, too, as far as memory is still in them."""
         self._images = images
         self._criu_version = criu_version
         self._pager = pager
+        self._keep_stores = keep_stores
+        self.kept: dict[int, Store] = {}
         self._stores: dict[SpaceId, Store] = {}
         self._runs: dict[SpaceId, list[Run]] = {}
         self._last: dict[SpaceId, list[tuple[int, int]]] = {}
@@ -208,6 +213,8 @@ class StorePages:
         if remote:
             raise ProtocolViolation("memory was kept back of tasks that are not there")
         self._pager.listen(self._images)
+        if self._keep_stores:
+            self.kept = {space.id: store.duplicate() for space, store in named.items() if space.kind == "task"}
         if not any(self.missing.values()):
             self._close_stores()
 
@@ -217,7 +224,12 @@ class StorePages:
             store.close()
         self._stores = {}
 
+    def close_kept(self) -> None:
+        while self.kept:
+            self.kept.popitem()[1].close()
+
     def close(self) -> None:
+        self.close_kept()
         self._close_stores()
 
 

@@ -147,6 +147,8 @@ class Offer(Message):
     memory_bytes: Count = 0
     tree_bytes: Count = 0
     facts: Facts = field(default_factory=dict)
+    verify: Flag = False
+    """Whether hashes of all pages will come, to be compared before READY."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +187,20 @@ class FrozenState(Message):
     restarts: Count = 0
     manifest: Digests = field(default_factory=dict)
     neighbours: Neighbours = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified(Message):
+    """Target has restored and compared so many pages with the source's hashes: all are the same.
+
+    ``later`` are still on the source and are compared when they arrive. ``ms`` is what comparing took.
+    """
+
+    TYPE: ClassVar[str] = "verified"
+    move_id: MoveId
+    pages: Count
+    ms: Time
+    later: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +254,8 @@ class Complete(Message):
     """After DONE: all memory is in place and all files are on the target's disk; the source need keep nothing.
 
     ``fill_ms`` is 0 after an eager restore; ``faults`` had to be answered while the container ran, ``remote_faults`` by
-    the source. ``longest_wait_ms`` is of one fault.
+    the source. ``longest_wait_ms`` is of one fault. ``verified_pages`` were compared when they arrived, and
+    ``differing_pages`` of them were not what they had been on the source.
     """
 
     TYPE: ClassVar[str] = "complete"
@@ -248,6 +265,8 @@ class Complete(Message):
     faults: Count = 0
     remote_faults: Count = 0
     longest_wait_ms: Time = 0.0
+    verified_pages: Count = 0
+    differing_pages: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,7 +353,7 @@ class Answer(Message):
     state: Standing
 
 
-BULK_TYPES = ("tree-changes", "image", "space", "pages", "memory", "remote", "log")
+BULK_TYPES = ("tree-changes", "image", "space", "pages", "memory", "remote", "hashes", "log")
 MESSAGES: dict[str, type[Message]] = {
     kind.TYPE: kind
     for kind in (
@@ -346,6 +365,7 @@ MESSAGES: dict[str, type[Message]] = {
         Frozen,
         Holding,
         FrozenState,
+        Verified,
         Ready,
         Commit,
         Running,

@@ -13,8 +13,9 @@ class PhaseClock:
         self._now = now
         self._marks: list[tuple[str, float]] = []
 
-    def mark(self, name: str, at: float | None = None) -> float:
-        moment = self._now() if at is None else at
+    def mark(self, name: str, at: float | None = None, *, ago_s: float = 0.0) -> float:
+        """``ago_s``: it began so long ago, but not before the phase before it."""
+        moment = max(self._now() - ago_s, self._marks[-1][1] if self._marks else 0.0) if at is None else at
         self._marks.append((name, moment))
         return moment
 

@@ -16,6 +16,7 @@ from typing import Any
 from migrate import messages
 from migrate.errors import ProtocolViolation
 from migrate.incoming import memory_of
+from migrate.verify_target import ExpectedMemory
 from runtime.memory.pager import Pager, PagerDied
 from runtime.memory.ranges import PAGE_BYTES, PageRanges
 from runtime.memory.segments import Segments
@@ -47,7 +48,9 @@ class RemoteFeed:
         stores: Mapping[int, Store],
         missing: Mapping[int, PageRanges],
         mark: Path,
+        expected: ExpectedMemory | None = None,
     ) -> None:
+        """``expected``: what comes is compared with it."""
         self._channel = channel
         self._move_id = move_id
         self._pager = pager
@@ -56,6 +59,7 @@ class RemoteFeed:
         self._missing_bytes = sum(ranges.bytes for ranges in missing.values())
         self.received_bytes = 0
         self._mark = mark
+        self._expected = expected
         self._given_up = False
         self._whole_lock = threading.Lock()
         self._whole_said = False
@@ -131,11 +135,15 @@ class RemoteFeed:
             store = self._stores[pid]
             with store.scratch(size) as view:
                 self._receive_into(view)
+                if self._expected is not None:
+                    self._expected.arrived(pid, runs, view)
                 position = 0
                 for address, pages in runs:
                     end = position + pages * PAGE_BYTES
                     store.write(address, view[position:end])
                     position = end
+        if self._expected is not None:
+            self._expected.arrived_zeros(pid, zeros)
         self.received_bytes += size
         with contextlib.suppress(PagerDied):  # the other thread hears of it
             self._pager.arrived(pid, spans)

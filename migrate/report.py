@@ -61,6 +61,17 @@ class Fill:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What ``--verify`` compared: ``pages`` before anything ran on the target, in ``ms`` there, and ``pages_later``
+    when they arrived after the switch. Of these alone some may be ``differing``: before it, that rolls back."""
+
+    pages: int = 0
+    ms: float = 0.0
+    pages_later: int = 0
+    differing: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Versions:
     """What ran where; empty where it is not known."""
 
@@ -110,6 +121,7 @@ class MoveReport:
     sent_bytes: SentBytes = field(default_factory=SentBytes)
     rounds: int = 0
     fill: Fill | None = None
+    verify: Verification | None = None
     phases: tuple[PhaseTime, ...] = ()
     why: str = ""
     predicted_blackout_ms: float | None = None
@@ -149,6 +161,8 @@ def report_from_json(data: Mapping[str, Any]) -> MoveReport:
         fields["blockers"] = tuple(dict(blocker) for blocker in fields["blockers"])
         if fields.get("fill") is not None:
             fields["fill"] = Fill(**_known(Fill, fields["fill"]))
+        if fields.get("verify") is not None:
+            fields["verify"] = Verification(**_known(Verification, fields["verify"]))
         if fields["error"] is not None:
             error = _known(ReportedError, fields["error"])
             fields["error"] = ReportedError(**{**error, "log_lines": tuple(error.get("log_lines", ()))})

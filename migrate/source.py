@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, TypeVar
 
 from migrate import messages
@@ -28,6 +27,7 @@ from migrate.plan import NEED_CONSENT
 from migrate.postcopy_source import KeptMemory
 from migrate.precopy import Budget
 from migrate.rounds import Gauges, Rounds, untracked_warning
+from migrate.verify_source import send_hashes
 from runtime.api import Container, Status
 from runtime.connections import TcpPolicy
 from runtime.container import Containers, open_tree_roots
@@ -38,11 +38,10 @@ from runtime.criu.filter.table import PageFilter
 from runtime.criu.pages import page_socketpair
 from runtime.errors import CriuFailed, MissingFeature, RuntimeFault
 from runtime.host import HostConfig
-from runtime.linux.procfs import parse_shared_writable
 from runtime.memory.tracker import make_tracker
 from runtime.memory.tracker_still import StillTracker
 from runtime.throttle import CpuThrottle
-from runtime.tree import SentContent, Snapshot, compare, scan
+from runtime.tree import SentContent, Snapshot, compare, mapped_inodes, scan
 from runtime.workdir import WorkDirectory
 from transport.api import Deadline, Frame, TransportError
 
@@ -70,6 +69,7 @@ class SourceMove:
         criu: CriuBinary,
         observer: Held,
         budget: Budget,
+        verify: bool,
         lift_bandwidth: Callable[[], None],
         make_report: Callable[[SourceMove], Mapping[str, Any]],
         tcp: TcpPolicy = "keep",
@@ -103,10 +103,12 @@ class SourceMove:
         self._undo = ExitStack()
         self._call_off = CallOff()
         self._budget = budget
+        self._verify = verify
         self._lift_bandwidth = lift_bandwidth
         self.clock = PhaseClock()
         self.rounds: Rounds | None = None
         self.complete: messages.Complete | None = None
+        self.verified: messages.Verified | None = None
         self.running: messages.Running | None = None
         self.prepared: messages.Prepared | None = None
         self._actions = self._action_table()
@@ -162,6 +164,9 @@ class SourceMove:
             self._on(Event.COPIED)
             self._on(Event.DUMPED)
             self._mark("restore")
+            if self._verify:
+                self.verified = self._hear(messages.Verified, READY_TIMEOUT_S, self.kept)
+                self._mark("verify", ago_s=self.verified.ms / 1000)
             self._hear(messages.Ready, READY_TIMEOUT_S, self.kept)
             self._mark("switchover")
             with signals_ignored():
@@ -201,8 +206,8 @@ class SourceMove:
             raise error
         raise RolledBack.because(error) from error
 
-    def _mark(self, name: str) -> None:
-        before, at = self.clock.current, self.clock.mark(name)
+    def _mark(self, name: str, ago_s: float = 0.0) -> None:
+        before, at = self.clock.current, self.clock.mark(name, ago_s=ago_s)
         if before is not None:
             self._observer.on_event(PhaseEnded(name=before[0], ms=(at - before[1]) * 1000))
         self._observer.on_event(PhaseStarted(name=name))
@@ -226,7 +231,8 @@ class SourceMove:
 
     def _send_offer(self) -> None:
         spec = self._container.spec
-        self._send(messages.Offer(move_id=self._move_id, epoch=FIRST_EPOCH, mode=self._mode, spec=spec))
+        move_id, mode, verify = self._move_id, self._mode, self._verify
+        self._send(messages.Offer(move_id=move_id, epoch=FIRST_EPOCH, mode=mode, spec=spec, verify=verify))
         self._undo.callback(self._work.close)
         self._undo.callback(self._dump.rollback)
         self._filter = self._load_filter()
@@ -297,19 +303,9 @@ class SourceMove:
         root, before, sent = self._trees[number], self._snapshots[number], self._sent[number]
         snapshot = scan(root, previous=before, settle=before is None)
         # Times do not tell of stores through shared mappings: on a tmpfs never, elsewhere not of every one.
-        always = snapshot.file_inodes() if number else self._mapped_inodes(snapshot)
+        always = snapshot.file_inodes() if number else mapped_inodes(self._cgroup.pids(), snapshot)
         self._out.tree(number, root, compare(before, snapshot, always=always, sent=sent), sent)
         self._snapshots[number] = snapshot
-
-    def _mapped_inodes(self, snapshot: Snapshot) -> frozenset[int]:
-        found = set()
-        for pid in self._cgroup.pids():
-            with contextlib.suppress(OSError):
-                for path in parse_shared_writable(Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")):
-                    entry = snapshot.entries.get(path.lstrip("/"))
-                    if entry is not None:
-                        found.add(entry.inode)
-        return frozenset(found)
 
     def _freeze_and_dump(self) -> None:
         self._lift_bandwidth()
@@ -340,6 +336,7 @@ class SourceMove:
         cause = self._pages.wait()
         if cause is not None:
             raise cause
+        live.send_late()
 
     def _copy_frozen(self, live: LiveMemory) -> None:
         self._mark("memory")
@@ -349,6 +346,9 @@ class SourceMove:
         live.send()
 
     def _send_state(self) -> None:
+        if self._verify:
+            self._mark("hash")
+            send_hashes(self._out, self._cgroup.pids(), self._work.path)
         self._mark("send")
         for number in range(len(self._trees)):
             self._send_tree(number)

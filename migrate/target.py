@@ -22,6 +22,7 @@ from migrate.report import MoveReport, Outcome, ReportedError, report_from_json
 from migrate.reports import ReportStore
 from migrate.session import Asked, package_version
 from migrate.target_machine import JOURNALED, Action, Event, Phase, step
+from migrate.verify_target import ExpectedMemory
 from runtime.container import Containers
 from runtime.criu.binary import find_criu
 from runtime.criu.restore import HeldRestore
@@ -68,6 +69,7 @@ class TargetMove:
         self._work = WorkDirectory(on_disk)
         self._restore = HeldRestore(self._containers, self._spec, self._criu, self._work.path, self._directory)
         self._incoming: Incoming | None = None
+        self._expected = ExpectedMemory() if offer.verify else None
         self._state: messages.FrozenState | None = None
         self._pager: Pager | None = None
         self._stores: StorePages | None = None
@@ -158,6 +160,7 @@ class TargetMove:
             images=self._work.path,
             log=self._directory / "log.jsonl",
             pages=self._page_sink(),
+            expected=self._expected,
             deadline=lambda: Deadline.after(IDLE_TIMEOUT_S),
             on_frozen=self._hold_packets,
         )
@@ -167,7 +170,9 @@ class TargetMove:
             return NoPages()
         # Started now: in the blackout it only has to be told where the pages are.
         self._pager = Pager(self._containers.cgroup(self._spec.id).paths(), record=self._directory / DEATH_RECORD)
-        self._stores = StorePages(self._work.path, self._criu.version, self._pager)
+        self._stores = StorePages(
+            self._work.path, self._criu.version, self._pager, keep_stores=self._expected is not None
+        )
         return self._stores
 
     def _hold_packets(self) -> None:
@@ -184,9 +189,15 @@ class TargetMove:
         assert self._state is not None
         self._incoming.finish()
         lazy = self._stores is not None and self._stores.lazy
+        if self._expected is not None:
+            self._expected.begin(self._work.path)
         self._restore.neighbours = self._state.neighbours
         self._bring_what_is_missing()
         self._restore.restore(self._state.mounts, self._state.pipes, auto_dedup=not lazy, lazy=lazy)
+        if self._expected is not None:
+            found = self._expected.compare(self._restore.tasks(), self._stores)
+            move_id = self._offer.move_id
+            self._send(messages.Verified(move_id=move_id, pages=found.pages, ms=found.ms, later=found.later))
 
     def _bring_what_is_missing(self) -> None:
         """Post-copy. From here on the restore, too, may wait for a page that is still on the source."""
@@ -194,7 +205,9 @@ class TargetMove:
             return
         missing, stores = self._stores.missing, self._stores.take_stores()
         mark = self._directory / MISSING_MARK
-        self._feed = RemoteFeed(self._asked.channel, self._offer.move_id, self._pager, stores, missing, mark)
+        self._feed = RemoteFeed(
+            self._asked.channel, self._offer.move_id, self._pager, stores, missing, mark, self._expected
+        )
         self._channel = self._feed
         self._feed.start()
 
@@ -297,6 +310,8 @@ class TargetMove:
                 faults=report.faults,
                 remote_faults=report.remote_faults,
                 longest_wait_ms=report.longest_wait_ms,
+                verified_pages=self._expected.later.pages if self._expected is not None else 0,
+                differing_pages=self._expected.later.differing if self._expected is not None else 0,
             )
         self._incoming.sync()
         with contextlib.suppress(TransportError):

@@ -12,14 +12,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from migrate import messages, preflight
-from migrate.errors import ContainerLost, InDoubt, MigrateError, MoveRefused, RolledBack, describe, name_peer
+from migrate.course import Course, failed_report, moved_report, report_of
+from migrate.errors import (
+    MemoryDiffers,
+    MigrateError,
+    MoveRefused,
+    RolledBack,
+    name_peer,
+)
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Planned, Warning
 from migrate.plan import NEED_CONSENT, WantedMode, choose, choose_mode
 from migrate.precopy import Budget
 from migrate.probing import Probing, probe_words
 from migrate.recover import recover, standing
-from migrate.report import Fill, MoveReport, Outcome, PhaseTime, ReportedError, SentBytes, Versions
+from migrate.report import MoveReport, Outcome, Versions
 from migrate.reports import ReportStore
 from migrate.session import HANDLERS, Asked, package_version
 from migrate.source import FIRST_EPOCH, SourceMove
@@ -27,7 +34,7 @@ from migrate.survey import answer_measure, survey
 from migrate.target import handle_offer, handle_preflight
 from runtime.api import Container, Status
 from runtime.connections import TcpPolicy
-from runtime.container import Containers, utc_now
+from runtime.container import Containers
 from runtime.criu.binary import find_criu
 from runtime.errors import BadInput, RuntimeFault, WrongState
 from runtime.host import HostConfig
@@ -54,28 +61,11 @@ class MoveOptions:
     bandwidth_Bps: float | None = None
     allow_postcopy: bool = False
     tcp: TcpPolicy = "auto"
+    verify: bool = False
+    """Compare all memory on both sides before anything runs on the target."""
     timeout_s: float = 20.0
     probe: str = ""
     """What a probe on this host asks meanwhile: an address as probing.py knows it, ``auto``, or nothing."""
-
-
-@dataclass(kw_only=True)
-class _Course:
-    """What is known of a move so far, for the report."""
-
-    move_id: str
-    container: str
-    source: str
-    target: str
-    mode: str
-    transport: str = ""
-    started_at: str = field(default_factory=utc_now)
-    begin: float = field(default_factory=time.monotonic)
-    memory_bytes: int = 0
-    why: str = ""
-    predicted_ms: float | None = None
-    began: bool = False
-    versions: Versions = field(default_factory=Versions)
 
 
 def register_handlers() -> None:
@@ -111,19 +101,29 @@ def check_consent(options: MoveOptions) -> None:
         )
 
 
-def move(host: HostConfig, reference: str, to: str, options: MoveOptions, observer: Observer) -> MoveReport:
+def move(
+    host: HostConfig,
+    reference: str,
+    to: str,
+    options: MoveOptions,
+    observer: Observer,
+    connecting: Callable[..., Session] = connect,
+) -> MoveReport:
     """Move a container to another host; with ``dry_run`` only the checks.
 
     Returns the report, which is kept, with outcome ``migrated`` (or ``refused`` and no error for a dry run that found
     nothing wrong: nothing was moved). Otherwise raises MoveRefused, RolledBack, InDoubt or what failed before anything
-    began; the report of that is kept, and shown to ``observer``, as well.
+    began; the report of that is kept, and shown to ``observer``, as well. Raises MemoryDiffers for pages that
+    ``verify`` found to be wrong after the switch: the container runs on the target then.
+
+    ``connecting`` opens the session, as ``links.connect`` does.
     """
     check_consent(options)
     for line in recover(host):
         observer.on_event(Warning(what=line))
     containers = Containers(host)
     container = containers.get(reference)
-    course = _Course(
+    course = Course(
         move_id=secrets.token_hex(6),
         container=container.name,
         source=host.name,
@@ -133,12 +133,12 @@ def move(host: HostConfig, reference: str, to: str, options: MoveOptions, observ
     held = Held(observer)
     try:
         with containers.locked(container.id, f"move to {to}", wait_s=0.5) as locked:
-            report = _move_probed(host, containers, locked, course, options, held)
+            report = _move_probed(host, containers, locked, course, options, held, connecting)
     except BaseException as error:
         name_peer(error, course.target)
         if isinstance(error, RolledBack) and error.cause_code in LINK_CODES:
             _undo_there(host, course)
-        report = _failed(course, error)
+        report = failed_report(course, error)
         if container.state.status in (Status.RUNNING, Status.PAUSED) and course.transport:
             ReportStore(host).save(report)
         held.on_event(MoveEnded(report=report))
@@ -146,10 +146,12 @@ def move(host: HostConfig, reference: str, to: str, options: MoveOptions, observ
     if not options.dry_run:
         ReportStore(host).save(report)
     held.on_event(MoveEnded(report=report))
+    if report.verify is not None and report.verify.differing:
+        raise MemoryDiffers.after_the_switch(report.verify.differing, report.target)
     return report
 
 
-def _undo_there(host: HostConfig, course: _Course) -> None:
+def _undo_there(host: HostConfig, course: Course) -> None:
     """The link broke, or the session at its other end died: a question about the move makes the target undo what that
     session left, now and not before the next move. Nothing depends on it."""
     deadline = Deadline.after(UNDO_TIMEOUT_S)
@@ -163,12 +165,18 @@ def _undo_there(host: HostConfig, course: _Course) -> None:
 
 
 def _move_probed(
-    host: HostConfig, containers: Containers, container: Container, course: _Course, options: MoveOptions, held: Held
+    host: HostConfig,
+    containers: Containers,
+    container: Container,
+    course: Course,
+    options: MoveOptions,
+    held: Held,
+    connecting: Callable[..., Session],
 ) -> MoveReport:
     if not options.probe or options.dry_run or container.state.status != Status.RUNNING:
-        return _move_locked(host, containers, container, course, options, held)
+        return _move_locked(host, containers, container, course, options, held, connecting)
     with Probing(probe_words(options.probe, container)) as probing:
-        report = _move_locked(host, containers, container, course, options, held)
+        report = _move_locked(host, containers, container, course, options, held, connecting)
         seen = probing.finish()
     if seen["failed"] or seen["resets"]:
         held.on_event(Warning(what=f"the probe saw {seen['failed']} failed requests and {seen['resets']} resets"))
@@ -176,14 +184,20 @@ def _move_probed(
 
 
 def _move_locked(
-    host: HostConfig, containers: Containers, container: Container, course: _Course, options: MoveOptions, held: Held
+    host: HostConfig,
+    containers: Containers,
+    container: Container,
+    course: Course,
+    options: MoveOptions,
+    held: Held,
+    connecting: Callable[..., Session],
 ) -> MoveReport:
     if container.state.status != Status.RUNNING:
         hint = "unpause it first" if container.state.status == Status.PAUSED else "only a running container moves"
         raise WrongState(f"container {container.name} is {container.state.status}", hint=hint)
     if course.target == host.name:
         raise BadInput(f"{course.target} is this host", hint="give another host: cmigrate host ls")
-    with connect(
+    with connecting(
         host, course.target, transport=options.transport, deadline=Deadline.after(options.timeout_s)
     ) as session:
         course.target, course.transport = session.entry.name, session.transport
@@ -203,7 +217,7 @@ def _move_locked(
             held.on_event(planned)
         _check(containers, container, session, course, held, options.tcp)
         if options.dry_run:
-            return _report(course, Outcome.REFUSED)
+            return report_of(course, Outcome.REFUSED)
         paced, lift_bandwidth = _paced(session, options.bandwidth_Bps)
         source = SourceMove(
             host,
@@ -214,8 +228,9 @@ def _move_locked(
             criu=criu,
             observer=held,
             budget=replace(options.budget, hybrid=course.mode == "hybrid"),
+            verify=options.verify,
             lift_bandwidth=lift_bandwidth,
-            make_report=lambda done: _moved(course, done).to_json(),
+            make_report=lambda done: moved_report(course, done).to_json(),
             tcp=options.tcp,
         )
         course.began = True
@@ -225,11 +240,11 @@ def _move_locked(
             # What was measured until then belongs into the report of the failure.
             error.add_note(f"phases: {source.clock.phases(time.monotonic())}")
             raise
-        return _moved(course, source)
+        return moved_report(course, source)
 
 
 def _plan(
-    containers: Containers, container: Container, session: Session, course: _Course, options: MoveOptions
+    containers: Containers, container: Container, session: Session, course: Course, options: MoveOptions
 ) -> Planned | None:
     """Settle on a mode. Only where there is something to choose, or to show, is anything measured."""
     if options.mode != "auto" and not options.dry_run:
@@ -253,7 +268,7 @@ def _paced(session: Session, bandwidth_Bps: float | None) -> tuple[Session, Call
     return replace(session, channel=channel), channel.lift
 
 
-def _started(course: _Course) -> MoveStarted:
+def _started(course: Course) -> MoveStarted:
     return MoveStarted(
         move_id=course.move_id,
         container=course.container,
@@ -265,7 +280,7 @@ def _started(course: _Course) -> MoveStarted:
 
 
 def _check(
-    containers: Containers, container: Container, session: Session, course: _Course, held: Held, tcp: TcpPolicy
+    containers: Containers, container: Container, session: Session, course: Course, held: Held, tcp: TcpPolicy
 ) -> None:
     """Preflight on both hosts; raises MoveRefused with all blockers of both at once."""
     seen = preflight.check_source(containers, container, mode=course.mode, tcp=tcp)
@@ -291,72 +306,3 @@ def _check(
         raise MoveRefused(
             f"{course.container} can not move to {course.target}, for {count}", blockers=[dict(b) for b in blockers]
         )
-
-
-def _moved(course: _Course, source: SourceMove) -> MoveReport:
-    """The report of a move that has reached RUNNING on the target."""
-    clock = source.clock
-    running_at = clock.at("finish")
-    sent = source.sent_bytes
-    return replace(
-        _report(course, Outcome.MIGRATED),
-        rounds=source.rounds.count if source.rounds is not None else 0,
-        predicted_blackout_ms=source.predicted_ms if source.predicted_ms is not None else course.predicted_ms,
-        slowed_to_cpus=source.rounds.throttled_cpus if source.rounds is not None else None,
-        total_ms=(running_at - course.begin) * 1000,
-        blackout_ms=(running_at - clock.at("freeze")) * 1000,
-        sent_bytes=SentBytes(images=sent["images"], pages=sent["pages"], files=sent["files"], control=sent["control"]),
-        phases=tuple(PhaseTime(name=name, ms=ms) for name, ms in clock.phases(running_at)),
-        fill=_fill(source),
-        closed_connections=source.closed,
-    )
-
-
-def _fill(source: SourceMove) -> Fill | None:
-    """None as long as the target has not said that it is complete."""
-    done = source.complete
-    if done is None:
-        return None
-    return Fill(
-        ms=round(done.fill_ms, 3),
-        filled_bytes=done.filled_bytes,
-        faults=done.faults,
-        remote_faults=done.remote_faults,
-        longest_wait_ms=round(done.longest_wait_ms, 3),
-        pages_after=source.kept.pages_after if source.kept is not None else 0,
-    )
-
-
-def _failed(course: _Course, error: BaseException) -> MoveReport:
-    told = describe(error)
-    if isinstance(error, InDoubt):
-        outcome = Outcome.IN_DOUBT
-    elif isinstance(error, ContainerLost):
-        outcome = Outcome.LOST
-    elif isinstance(error, RolledBack) or (isinstance(error, KeyboardInterrupt) and course.began):
-        outcome = Outcome.ROLLED_BACK
-    else:
-        outcome = Outcome.REFUSED
-    return replace(
-        _report(course, outcome),
-        error=ReportedError(code=told.code, what=told.what, hint=told.hint, log_lines=told.log_lines),
-        blockers=told.blockers,
-    )
-
-
-def _report(course: _Course, outcome: Outcome) -> MoveReport:
-    return MoveReport(
-        id=course.move_id,
-        container=course.container,
-        source=course.source,
-        target=course.target,
-        mode=course.mode,
-        transport=course.transport,
-        outcome=outcome,
-        started_at=course.started_at,
-        total_ms=(time.monotonic() - course.begin) * 1000,
-        memory_bytes=course.memory_bytes,
-        why=course.why,
-        predicted_blackout_ms=course.predicted_ms,
-        versions=course.versions,
-    )

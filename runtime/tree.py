@@ -17,14 +17,17 @@ finds what differs. On the target a TreeSink (runtime/treesink.py) applies each 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgpack
 import xxhash
 
+from runtime.linux.procfs import parse_shared_writable
 from runtime.tree_content import CHUNK_BYTES, SentContent, read_chunks
 from runtime.tree_scan import scan
 from runtime.tree_values import Change, Entry, Kind, Op, Snapshot
@@ -40,6 +43,7 @@ __all__ = [
     "compare",
     "digest",
     "hash_files",
+    "mapped_inodes",
     "read_chunks",
     "scan",
 ]
@@ -166,6 +170,18 @@ def hash_files(root: Path | int, snapshot: Snapshot) -> Snapshot:
                         hasher.update(block)
             entries[path] = dataclasses.replace(entry, content=hasher.digest())
     return Snapshot(entries=entries)
+
+
+def mapped_inodes(pids: Iterable[int], snapshot: Snapshot) -> frozenset[int]:
+    """Inodes of the snapshot's files that one of these processes can write to through memory."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for path in parse_shared_writable(Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")):
+                entry = snapshot.entries.get(path.lstrip("/"))
+                if entry is not None:
+                    found.add(entry.inode)
+    return frozenset(found)
 
 
 def digest(tree: Snapshot | Path | int) -> bytes:

@@ -156,6 +156,11 @@ def _budget(
     show_default=True,
     help="Which TCP connections to end at the freeze: auto: those that can not survive the move; close: all.",
 )
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Compare every page on both sides before it runs there; roll back if one differs. Lengthens the blackout.",
+)
 @click.option("--dry-run", is_flag=True, help="Only check; list every reason why it could not be moved.")
 @click.option(
     "--timeout",
@@ -181,6 +186,7 @@ def move_command(
     probe: str,
     allow_postcopy: bool,
     tcp: str,
+    verify: bool,
     dry_run: bool,
     timeout_s: float,
     as_json: bool,
@@ -201,6 +207,7 @@ def move_command(
         transport=transport,  # type: ignore[arg-type]
         allow_postcopy=allow_postcopy,
         tcp=tcp,  # type: ignore[arg-type]
+        verify=verify,
         dry_run=dry_run,
         budget=_budget(downtime_limit_ms, max_rounds, max_time_s, max_bytes, on_timeout, throttle),
         bandwidth_Bps=bandwidth_Bps,

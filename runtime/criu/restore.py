@@ -25,6 +25,7 @@ from runtime.criu.options import ExternalMount, restore_request
 from runtime.criu.rpc import CriuSession
 from runtime.errors import CriuFailed
 from runtime.memory.lazy import lazy_restore_allowed
+from runtime.memory.tasks import tasks_inside
 from runtime.neighbours import NeighbourTable
 from runtime.network import ContainerNetwork, ensure_bridge
 from runtime.packets import PacketHold
@@ -100,6 +101,10 @@ class HeldRestore:
         """The prepared tmpfs mounts (/dev/shm first), reachable through the monitor's mount namespace."""
         base = Path(f"/proc/{self.monitor_pid}/root")
         return [Path(f"{base}{self._run_dir}/tmpfs-{n}") for n in range(1 + len(self.spec.tmpfs))]
+
+    def tasks(self) -> dict[int, int]:
+        """This host's pid by the one inside, of every process that was restored."""
+        return tasks_inside(self._init_pid, self._containers.cgroup(self.spec.id).pids())
 
     def restore(
         self,

@@ -93,14 +93,15 @@ class Pagemap:
         categories = (0, PAGE_IS_WRITTEN, 0, PAGE_IS_WRITTEN)
         self._ioctl(bytearray(_SCAN.pack(_SCAN.size, flags, start, end, 0, *nowhere, *categories)))
 
-    def own_pages(self, start: int, end: int, *, of_files: bool) -> Bounds:
+    def own_pages(self, start: int, end: int, *, of_files: bool, with_zeros: bool = False) -> Bounds:
         """Private pages with content: present or swapped out, and not the shared page of zeros.
 
         ``of_files``: the range maps files, and pages that merely show the file's content do not count.
+        ``with_zeros``: the shared page of zeros counts.
         """
-        return self.survey([(start, end, of_files)])[:, :2]
+        return self.survey([(start, end, of_files)], with_zeros=with_zeros)[:, :2]
 
-    def survey(self, stretches: Iterable[tuple[int, int, bool]]) -> Bounds:
+    def survey(self, stretches: Iterable[tuple[int, int, bool]], *, with_zeros: bool = False) -> Bounds:
         """``own_pages`` of several stretches (start, end, of_files), with a third column of PAGE_IS_* bits.
 
         WPALLOWED: a userfaultfd watches there; only then WRITTEN counts: written since it was last protected.
@@ -109,7 +110,7 @@ class Pagemap:
         found: list[Bounds] = []
         for start, end, of_files in stretches:
             # Whose page it is costs the kernel more to find out than all the rest.
-            excluded = PAGE_IS_PFNZERO | (PAGE_IS_FILE if of_files else 0)
+            excluded = (0 if with_zeros else PAGE_IS_PFNZERO) | (PAGE_IS_FILE if of_files else 0)
             wanted = (excluded, excluded, either, either | PAGE_IS_WPALLOWED | PAGE_IS_WRITTEN)
             found += self._scan(0, start, end, wanted)
         regions = _joined(found, 3)

@@ -40,6 +40,12 @@ class Store:
     def fileno(self) -> int:
         return self._fd
 
+    def duplicate(self) -> Store:
+        """The same pages, for somebody who closes it by himself."""
+        other = Store.__new__(Store)
+        other._fd, other._scratch = os.dup(self._fd), []
+        return other
+
     def close(self) -> None:
         """Give up the store; its memory is freed when nobody else (the pager) holds it."""
         if self._fd >= 0:

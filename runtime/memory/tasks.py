@@ -55,6 +55,28 @@ def owner_of_memory(pid: int, candidates: Iterable[int]) -> int:
     return parent if parent in candidates and shares_memory(pid, parent) else 0
 
 
+def pid_inside(pid: int) -> int:
+    """The pid in its own namespace, which images use; 0 when the process has gone."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("NSpid:"):
+                return int(line.split()[-1])
+    except OSError:
+        pass
+    return 0
+
+
+def tasks_inside(init_pid: int, pids: Iterable[int]) -> dict[int, int]:
+    """By pid inside, those of ``pids`` that are in the pid namespace of ``init_pid``."""
+    found = {}
+    namespace = os.readlink(f"/proc/{init_pid}/ns/pid")
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/ns/pid") == namespace and (inside := pid_inside(pid)):
+                found[inside] = pid
+    return found
+
+
 def _stat_fields(pid: int) -> list[str]:
     # The name may hold blanks and parentheses; the rest can not.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

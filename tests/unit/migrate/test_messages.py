@@ -46,6 +46,7 @@ EXAMPLES: list[Message] = [
         restarts=2,
         manifest={"core-1.img": "abcd"},
     ),
+    messages.Verified(move_id="abc", pages=7, ms=1.5, later=3),
     messages.Ready(move_id="abc", epoch=1),
     messages.Commit(move_id="abc", epoch=2),
     messages.Running(move_id="abc", epoch=1, marks_ms={"restore": 12.5}),

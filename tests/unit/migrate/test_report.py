@@ -14,6 +14,7 @@ from migrate.report import (
     PhaseTime,
     ReportedError,
     SentBytes,
+    Verification,
     Versions,
     report_from_json,
 )
@@ -35,6 +36,7 @@ REPORT = MoveReport(
     memory_bytes=64 << 20,
     sent_bytes=SentBytes(images=1000, pages=64 << 20, files=5, control=7),
     phases=(PhaseTime(name="prepare", ms=700.0), PhaseTime(name="freeze", ms=61.5)),
+    verify=Verification(pages=5, ms=1.5, pages_later=3, differing=1),
     versions=Versions(cmigrate="0.1.0", criu_source="4.2", criu_target="4.2", python="3.11.2"),
 )
 FAILED = dataclasses.replace(
@@ -65,6 +67,7 @@ FIELDS = [
     "sent_bytes",
     "rounds",
     "fill",
+    "verify",
     "phases",
     "why",
     "predicted_blackout_ms",
