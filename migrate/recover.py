@@ -19,6 +19,7 @@ from runtime.container import Containers
 from runtime.criu.dump import wake_after_dead_dump
 from runtime.errors import Busy, NotFound, RuntimeFault
 from runtime.host import HostConfig
+from runtime.linux.rcu import turn_off_what_is_left
 from runtime.store import process_start_ticks
 from transport.api import TransportError
 
@@ -30,6 +31,7 @@ _SETTLED = {"DONE", "ROLLED_BACK", "RECLAIMED", "CONFIRMED", "REFUSED", "RESUMED
 def recover(host: HostConfig) -> list[str]:
     """Settle what can be settled without asking anybody; a line for each thing done or still open."""
     told: list[str] = []
+    turn_off_what_is_left(host.run_dir)
     journals = list(read_all(host.journal_dir))
     for journal in journals:
         if journal.damage or not journal.records:

@@ -29,6 +29,7 @@ from runtime.criu.options import ExternalMount, dump_request, external_mounts
 from runtime.criu.rpc import CriuSession
 from runtime.errors import CriuFailed
 from runtime.linux.listen_table import ListenTable
+from runtime.linux.rcu import ExpeditedGracePeriods
 from runtime.linux.vfork import tasks_in_vfork
 from runtime.neighbours import known_neighbours
 from runtime.network import ContainerNetwork, in_network_namespace
@@ -68,6 +69,7 @@ class HeldDump:
         self._network = ContainerNetwork(containers.host, container.id)
         self._session: CriuSession | None = None
         self._listen_table: ListenTable | None = None
+        self._grace_periods = ExpeditedGracePeriods(containers.host.run_dir)
         self._frozen = False
         self.mounts: tuple[ExternalMount, ...] = ()
         self.pipes: tuple[int, int] = (0, 0)
@@ -133,6 +135,7 @@ class HeldDump:
 
     def freeze(self) -> None:
         """Stop the container. From here the blackout runs. Its sockets still take what arrives."""
+        self._grace_periods.begin()
         self.marks["freeze"] = time.monotonic()
         self._frozen = True
         self._freeze_outside_vfork()
@@ -245,6 +248,7 @@ class HeldDump:
             self._session = None
         if self._listen_table is not None:
             self._listen_table.close()
+        self._grace_periods.end()
         if self._closer is not None:
             self._closer.close()
         self._network.close()

@@ -24,6 +24,7 @@ from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, restore_request
 from runtime.criu.rpc import CriuSession
 from runtime.errors import CriuFailed
+from runtime.linux.rcu import ExpeditedGracePeriods
 from runtime.memory.lazy import lazy_restore_allowed
 from runtime.memory.tasks import tasks_inside
 from runtime.neighbours import NeighbourTable
@@ -49,6 +50,7 @@ class HeldRestore:
         self._run_dir = containers.run_dir(spec.id)
         self._network = ContainerNetwork(containers.host, spec.id)
         self._hold: PacketHold | None = None
+        self._grace_periods = ExpeditedGracePeriods(containers.host.run_dir)
         self._table: NeighbourTable | None = None
         self.neighbours: Mapping[str, str] = {}
         """Address -> MAC of what the container knew where it was; to be set before ``restore``."""
@@ -94,6 +96,7 @@ class HeldRestore:
 
     def hold_packets(self) -> None:
         """The container is frozen where it was: from now on its frames are held here."""
+        self._grace_periods.begin()
         if self._hold is not None:
             self._hold.start()
 
@@ -121,6 +124,7 @@ class HeldRestore:
         if self._session is None or self._launch is None:
             raise CriuFailed("the restore was not prepared")
         self.marks["restore"] = time.monotonic()
+        self._grace_periods.begin()
         self._launch.tell("mount")
         self._launch.expect("mounted")
         # CRIU opens the directory as /proc/<our pid>/fd/<number>, so it stays open here until then.
@@ -195,6 +199,7 @@ class HeldRestore:
                 self.marks["resuming"] = time.monotonic()
             self._session.acknowledge()
         self.marks["released"] = time.monotonic()
+        self._grace_periods.end()
         if not event.success:
             raise failure("restore", self._log_text(), event.cr_errno)
         return running_state(self._init_pid, self.monitor_pid, restarts=restarts, started_at=started_at)
@@ -218,6 +223,7 @@ class HeldRestore:
 
     def discard(self) -> None:
         """Undo everything; safe at any moment before ``release`` and when called twice."""
+        self._grace_periods.end()
         if self._session is not None:
             with contextlib.suppress(CriuFailed, OSError):
                 if "restored" in self.marks:
