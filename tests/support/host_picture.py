@@ -1,7 +1,12 @@
-"""What there is on a lab host that a container or a move may leave behind, as one JSON object. Runs on that host."""
+"""What there is on a lab host that a container or a move may leave behind, as one JSON object. Runs on that host.
 
+Arguments: cgroup parent, state and run directory; or none for the network alone.
+"""
+
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,16 +67,57 @@ def run(*argv: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def main() -> None:
-    parent, state_dir, run_dir = sys.argv[1:4]
-    picture = {
-        "process": processes(),
-        "mount": mounts(),
-        "cgroup": cgroups(parent),
-        "link": [line.split(":")[1].strip().split("@")[0] for line in run("ip", "-o", "link")],
-        "nft": [line for line in run("nft", "list", "tables") if line not in STANDING_TABLES],
-        "directory": files(state_dir, run_dir),
+def links() -> list[str]:
+    """Name, mtu, bridge and MAC of each."""
+    found = []
+    for line in run("ip", "-o", "link"):
+        words = line.replace("\\", " ").split()
+        named = dict(itertools.pairwise(words))
+        kept = [named.get(key, "-") for key in ("mtu", "master", "link/ether")]
+        found.append(" ".join([words[1].rstrip(":").partition("@")[0], *kept]))
+    return found
+
+
+def nft_rules() -> list[str]:
+    """Every line of every table but elements of sets and maps; what stands on a host is marked."""
+    found, table = [], ""
+    text = re.sub(r"elements = \{[^}]*\}", "", "\n".join(run("nft", "-s", "list", "ruleset")))
+    for line in text.splitlines():
+        if line.startswith("table "):
+            table = line.rstrip(" {")
+        elif line.strip(" \t}"):
+            found.append(f"{'standing ' if table in STANDING_TABLES else ''}{table}: {line.strip()}")
+    return found
+
+
+def network() -> dict[str, list[str]]:
+    """What is set, not what was learned: dynamic neighbours and forwarding entries come and go by themselves."""
+    addresses = [" ".join(line.split()[1:4]) for line in run("ip", "-o", "address")]
+    return {
+        "link": links(),
+        "address": addresses,
+        "route": [
+            re.sub(r" (linkdown|dead)\b", "", line).strip()
+            for family in ("-4", "-6")
+            for line in run("ip", family, "route", "show", "table", "all")
+        ],
+        "rule": run("ip", "-4", "rule") + run("ip", "-6", "rule"),
+        "neighbour": run("ip", "neighbour", "show", "nud", "permanent") + run("ip", "neighbour", "show", "proxy"),
+        "bridge port": [" ".join(line.split()[1:2]) for line in run("bridge", "-o", "link")],
+        "nft": nft_rules(),
     }
+
+
+def main() -> None:
+    picture = network()
+    if sys.argv[1:]:
+        parent, state_dir, run_dir = sys.argv[1:4]
+        picture |= {
+            "process": processes(),
+            "mount": mounts(),
+            "cgroup": cgroups(parent),
+            "directory": files(state_dir, run_dir),
+        }
     print(json.dumps(picture))
 
 

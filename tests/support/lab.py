@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,12 @@ PICTURE = Path(__file__).with_name("host_picture.py")
 COMMAND_TIMEOUT_S = 60.0
 GRACE_S = 8.0
 HOSTS = ("host1", "host2")
+
+
+OWNED = re.compile(r"\b(?:cm|ch|cmigrate-)([0-9a-f]{12})\b")
+"""A container's id in the name of a link or table."""
+SET = ("link", "address", "route", "rule", "neighbour", "bridge port", "nft")
+"""Kinds of a picture that nothing but a move or a container changes: here nothing may be missing either."""
 
 
 class CommandFailed(AssertionError):
@@ -122,6 +129,24 @@ class TwoHosts:
         picture: dict[str, list[str]] = json.loads(done.stdout)
         return picture
 
+    def network_picture(self, host: str) -> dict[str, list[str]]:
+        """Without what belongs to containers that run there now."""
+        argv = ["/usr/bin/python3", str(PICTURE)]
+        done = self.lab.exec(host, argv, stdout=subprocess.PIPE, text=True, timeout=COMMAND_TIMEOUT_S)
+        picture: dict[str, list[str]] = json.loads(done.stdout)
+        running = self._running_on(host)
+        return {
+            kind: [line for line in lines if not running & set(OWNED.findall(line))] for kind, lines in picture.items()
+        }
+
+    def _running_on(self, host: str) -> set[str]:
+        found = set()
+        for file in Path(self.lab.directory / host / "state" / "containers").glob("*/state.json"):
+            with contextlib.suppress(FileNotFoundError):
+                if json.loads(file.read_text())["status"] in ("running", "paused"):
+                    found.add(file.parent.name)
+        return found
+
     def run(self, service: Service, *options: str, host: str = "host1", name: str = "") -> "Running":
         """Start a service in a container, fill it, and hand it out with its connections open."""
         name = name or service.name
@@ -148,6 +173,7 @@ class Running:
         self.hosts = hosts
         self.name = name
         self.host = host
+        self._networks = {name: hosts.network_picture(name) for name in HOSTS}
         self.client = hosts.client
         self.id = str(self.inspect()["spec"]["id"])
         self.address = str(self.inspect()["spec"]["network"]["address"]).partition("/")[0]
@@ -177,7 +203,19 @@ class Running:
             self.host, "move", self.name, "--to", target, "--mode", mode, "--transport", transport, "--json", *options
         )
         self.host = target
+        self.networks_are_as_before()
         return lines[-1]
+
+    def networks_are_as_before(self) -> None:
+        """Both hosts' links, addresses, routes and rules are those that were there when the container was started, but
+        for what belongs to containers that run there now. Raises AssertionError."""
+        within_grace(
+            lambda: [
+                f"{host}: {line}"
+                for host in HOSTS
+                for line in changes(self._networks[host], self.hosts.network_picture(host))
+            ]
+        )
 
     def remove(self) -> None:
         """From wherever it is; also where it should not be."""
@@ -185,23 +223,31 @@ class Running:
             self.hosts.cmigrate(host, "rm", "-f", self.name, check=False)
 
 
-def new_since(before: dict[str, list[str]], now: dict[str, list[str]]) -> list[str]:
-    return [f"{kind}: {item}" for kind, items in now.items() for item in sorted(set(items) - set(before[kind]))]
+def changes(before: dict[str, list[str]], now: dict[str, list[str]]) -> list[str]:
+    """What is there now and was not, and of the network also what is there no more. Tables that stand on a host once it
+    has had a container may appear, but not change."""
+    found = [f"new {kind}: {item}" for kind, items in now.items() for item in sorted(set(items) - set(before[kind]))]
+    gone = [f"no more {kind}: {item}" for kind in SET for item in sorted(set(before[kind]) - set(now[kind]))]
+    tables = {item.partition(":")[0] for item in before["nft"] if item.startswith("standing ")}
+    standing = re.compile(r"new nft: (standing [^:]*):")
+    return [line for line in found if not (match := standing.match(line)) or match[1] in tables] + gone
+
+
+def within_grace(look: Callable[[], list[str]]) -> None:
+    """Fail unless ``look`` finds nothing soon: processes end, namespaces are reaped."""
+    deadline = time.monotonic() + GRACE_S
+    while left := look():
+        if time.monotonic() > deadline:
+            raise AssertionError("other than before:\n  " + "\n  ".join(left))
+        time.sleep(0.2)
 
 
 @contextmanager
 def nothing_left_on(hosts: TwoHosts, *names: str) -> Iterator[None]:
-    """Fail unless each host looks as it did before, after a short grace (processes end, namespaces are reaped)."""
+    """Fail unless each host looks as it did before, after a short grace."""
     before = {name: hosts.picture(name) for name in names}
     yield
-    deadline = time.monotonic() + GRACE_S
-    while True:
-        left = [f"{name}: {item}" for name in names for item in new_since(before[name], hosts.picture(name))]
-        if not left:
-            return
-        if time.monotonic() > deadline:
-            raise AssertionError("left behind:\n  " + "\n  ".join(left))
-        time.sleep(0.2)
+    within_grace(lambda: [f"{name}: {item}" for name in names for item in changes(before[name], hosts.picture(name))])
 
 
 @contextmanager

@@ -151,7 +151,10 @@ def hosts_as_gateways(hosts: TwoHosts) -> Iterator[None]:
             ip("client", "address", "add", _WAN_CLIENT, "peer", address, "dev", f"wan{number}")
             ip("client", "link", "set", f"wan{number}", "up")
             ip(host, "address", "add", f"{address}/24", "dev", "wan")
-            ip(host, "link", "set", "wan", "up")
+            # An IPv6 address of the link's own would come a second later.
+            ip(host, "link", "set", "wan", "addrgenmode", "none", "up")
+            # As ensure_bridge does, but before any container is there.
+            ip(host, "address", "add", f"{GATEWAY}/16", "dev", hosts.config(host).bridge)
             ip(host, "route", "add", f"{FAR}/32", "via", _WAN_CLIENT)
         for file, text in zip(files, texts, strict=True):
             lines = [line for line in text.splitlines() if not line.startswith(("gateway ", "bridge_address "))]
