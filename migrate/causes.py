@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from migrate.errors import MoveRefused, PeerFailed
+from migrate.errors import BlackoutTooLong, MoveRefused, PeerFailed
 from migrate.machine import Event
 from transport.api import TransportError
 
@@ -13,6 +13,8 @@ def event_of(error: BaseException) -> Event:
         return Event.CANCELLED
     if isinstance(error, (MoveRefused, PeerFailed)):
         return Event.TARGET_REFUSED
+    if isinstance(error, BlackoutTooLong):
+        return Event.TIMEOUT
     if isinstance(error, TransportError):
         return Event.LINK_LOST
     return Event.FAULT

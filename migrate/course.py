@@ -26,6 +26,7 @@ class Course:
     memory_bytes: int = 0
     why: str = ""
     predicted_ms: float | None = None
+    frozen_ms: float | None = None
     began: bool = False
     versions: Versions = field(default_factory=Versions)
 
@@ -90,6 +91,7 @@ def failed_report(course: Course, error: BaseException) -> MoveReport:
         outcome = Outcome.REFUSED
     return replace(
         report_of(course, outcome),
+        blackout_ms=course.frozen_ms,
         error=ReportedError(code=told.code, what=told.what, hint=told.hint, log_lines=told.log_lines),
         blockers=told.blockers,
     )

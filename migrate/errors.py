@@ -6,6 +6,8 @@ MigrateError              what went wrong; ``hint`` says what to do next
 |-- NotRoot               the command needs root
 |-- MoveRefused           preflight found blockers, or the peer said no; nothing has happened
 |-- RolledBack            the move failed; the container runs on, on the source
+|-- NotConverging         pre-copy can not meet the limit on the blackout
+|-- BlackoutTooLong       the blackout passed --max-blackout before COMMIT
 |-- ContainerLost         it ran on the target without all of its memory, and the rest could not be brought
 |-- InDoubt               COMMIT is out and no answer came; the source stays frozen and asks
 |-- MemoryDiffers         --verify: a page on the target is not what it was on the source
@@ -116,6 +118,16 @@ class NotConverging(MigrateError):
         )
 
 
+class BlackoutTooLong(MigrateError):
+    """The container was frozen for as long as the operator allows, and COMMIT was not on the disk yet."""
+
+    def __init__(self, limit_ms: float) -> None:
+        super().__init__(
+            f"the blackout passed the {limit_ms:g} ms of --max-blackout before the target could take over",
+            hint="raise --max-blackout, or move with --mode precopy, which freezes for a shorter time",
+        )
+
+
 class RolledBack(_Caused):
     @classmethod
     def because(cls, cause: BaseException) -> RolledBack:
@@ -197,6 +209,7 @@ CODES: tuple[tuple[type[BaseException], str, ExitCode], ...] = (
     (NotRoot, "not-root", ExitCode.REFUSED),
     (NotConverging, "not-converging", ExitCode.ROLLED_BACK),
     (MemoryDiffers, "memory-differs", ExitCode.CORRUPT),
+    (BlackoutTooLong, "blackout-too-long", ExitCode.ROLLED_BACK),
     (MoveRefused, "refused", ExitCode.REFUSED),
     (ProtocolViolation, "protocol", ExitCode.CONNECTION),
     (NoCommonProtocol, "protocol-version", ExitCode.CONNECTION),

@@ -31,6 +31,13 @@ class PhaseClock:
     def __contains__(self, name: str) -> bool:
         return any(name == known for known, _moment in self._marks)
 
+    @property
+    def frozen_ms(self) -> float | None:
+        """Of a move that was rolled back: how long the container was frozen for it."""
+        if "freeze" not in self or "thawed" not in self:
+            return None
+        return (self.at("thawed") - self.at("freeze")) * 1000
+
     def phases(self, end: float) -> list[tuple[str, float]]:
         """What began before ``end``."""
         marks = [mark for mark in self._marks if mark[1] < end]

@@ -97,12 +97,12 @@ class ReportedError:
 class MoveReport:
     """One move. Times in milliseconds, sizes in bytes, ``started_at`` RFC 3339 in UTC.
 
-    ``blackout_ms`` runs from frozen on the source to running on the target, on the source's clock; None when the move
-    ended before anything froze. ``downtime_ms`` is the longest time without an answer that a probe saw, if one ran.
-    ``memory_bytes`` is what the container had in memory. ``rounds`` counts passes of pre-copy, so it is 0 without
-    pre-copy. ``why`` the mode was taken; ``predicted_blackout_ms`` by the last round, else by the plan, None without
-    either; ``slowed_to_cpus`` None when the container ran at its own speed. ``closed_connections`` are TCP
-    connections of the container that were ended when it froze: "LOCAL:PORT - REMOTE:PORT". ``blockers`` are
+    ``blackout_ms`` runs from frozen on the source to running on the target, or on the source again, on the source's
+    clock; None when the move ended before anything froze. ``downtime_ms`` is the longest time without an answer that a
+    probe saw, if one ran. ``memory_bytes`` is what the container had in memory. ``rounds`` counts passes of pre-copy,
+    so it is 0 without pre-copy. ``why`` the mode was taken; ``predicted_blackout_ms`` by the last round, else by the
+    plan, None without either; ``slowed_to_cpus`` None when the container ran at its own speed. ``closed_connections``
+    are TCP connections of the container that were ended when it froze: "LOCAL:PORT - REMOTE:PORT". ``blockers`` are
     preflight's, as mappings with check, what and remedy.
     """
 

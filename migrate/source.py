@@ -73,6 +73,7 @@ class SourceMove:
         lift_bandwidth: Callable[[], None],
         make_report: Callable[[SourceMove], Mapping[str, Any]],
         tcp: TcpPolicy = "keep",
+        max_blackout_ms: float | None = None,
     ) -> None:
         self._containers = Containers(host)
         self._host = host
@@ -101,7 +102,7 @@ class SourceMove:
         self.kept: KeptMemory | None = None
         self.closed: tuple[str, ...] = ()  # connections that the move ended
         self._undo = ExitStack()
-        self._call_off = CallOff()
+        self._call_off = CallOff(max_blackout_ms)
         self._budget = budget
         self._verify = verify
         self._lift_bandwidth = lift_bandwidth
@@ -126,7 +127,7 @@ class SourceMove:
             Action.JOURNAL_DONE: lambda: self._write("DONE"),
             Action.KILL_COPY: self._kill_copy,
             Action.SEND_DONE: self._send_done,
-            Action.THAW: self._undo.close,
+            Action.THAW: self._thaw,
             Action.JOURNAL_ROLLED_BACK: lambda: self._write("ROLLED_BACK"),
             Action.JOURNAL_RECLAIMED: lambda: self._write("RECLAIMED"),
             Action.SEND_DISCARD: self._send_discard,
@@ -149,7 +150,7 @@ class SourceMove:
             with garbage_collector_off(), self._call_off.noticed():
                 self._go()
         except BaseException as error:
-            self._fail(KeyboardInterrupt() if self._call_off.asked else error)
+            self._fail(self._call_off.cause(error))
         finally:
             self._journal.close()
             self._closing.close()
@@ -160,7 +161,7 @@ class SourceMove:
         self.prepared = self._hear(messages.Prepared)
         self._mark("files")
         self._on(Event.TARGET_PREPARED)
-        with self._observer.blackout():
+        with self._observer.blackout(), self._call_off.limited():
             self._on(Event.COPIED)
             self._on(Event.DUMPED)
             self._mark("restore")
@@ -274,6 +275,10 @@ class SourceMove:
             self._containers.store.remove(self._container.id)
 
     # Doing
+
+    def _thaw(self) -> None:
+        self._undo.close()
+        self.clock.mark("thawed")
 
     def _copy(self) -> None:
         """Files go over while the container runs, and memory with pre-copy; only what changes meanwhile goes again."""

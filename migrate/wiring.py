@@ -63,6 +63,8 @@ class MoveOptions:
     tcp: TcpPolicy = "auto"
     verify: bool = False
     """Compare all memory on both sides before anything runs on the target."""
+    max_blackout_ms: float | None = None
+    """The container runs again on the source after so long, unless COMMIT is on the disk; None: no limit."""
     timeout_s: float = 20.0
     probe: str = ""
     """What a probe on this host asks meanwhile: an address as probing.py knows it, ``auto``, or nothing."""
@@ -232,11 +234,13 @@ def _move_locked(
             lift_bandwidth=lift_bandwidth,
             make_report=lambda done: moved_report(course, done).to_json(),
             tcp=options.tcp,
+            max_blackout_ms=options.max_blackout_ms,
         )
         course.began = True
         try:
             source.run()
         except BaseException as error:
+            course.frozen_ms = source.clock.frozen_ms
             # What was measured until then belongs into the report of the failure.
             error.add_note(f"phases: {source.clock.phases(time.monotonic())}")
             raise

@@ -129,6 +129,13 @@ def _budget(
     show_default=True,
     help="Rounds go on until a blackout below this is predicted.",
 )
+@click.option(
+    "--max-blackout",
+    "max_blackout_ms",
+    type=click.FloatRange(min=1),
+    metavar="MS",
+    help="Roll back when it has been frozen so long and the target is not ready.  [default: no limit]",
+)
 @rounds_options
 @click.option(
     "--transport",
@@ -176,6 +183,7 @@ def move_command(
     to: str,
     mode: str,
     downtime_limit_ms: float,
+    max_blackout_ms: float | None,
     max_rounds: int,
     max_time_s: float | None,
     max_bytes: float | None,
@@ -211,6 +219,7 @@ def move_command(
         dry_run=dry_run,
         budget=_budget(downtime_limit_ms, max_rounds, max_time_s, max_bytes, on_timeout, throttle),
         bandwidth_Bps=bandwidth_Bps,
+        max_blackout_ms=max_blackout_ms,
         timeout_s=timeout_s,
         probe=probe,
     )

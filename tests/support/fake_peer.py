@@ -9,6 +9,8 @@ stuck    says hello and answers nothing more
 leaves   says hello and closes at the first question
 lies     says hello and answers every question with a map whose fields are of wrong types
 long     says hello and answers with a frame that claims to be larger than any may be
+holdless takes part in a move until the container is frozen, and says nothing more
+unready  takes part in a move until everything has come, and says nothing more
 """
 
 import os
@@ -18,12 +20,13 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from migrate.inventory import Inventory
+from migrate.messages import Findings, Holding, Message, Prepared
 from migrate.session import exchange_hello
 from runtime.host import load_host_config
-from transport.api import Channel, Deadline, Frame, TransportError
+from transport.api import Channel, Deadline, Frame, FrameKind, TransportError
 from transport.channel import StreamChannel
 from transport.tls import server_handshake
 
@@ -93,10 +96,32 @@ def long(connection: socket.socket) -> None:
     time.sleep(PATIENCE_S)
 
 
+def take_part(connection: socket.socket, answers: Mapping[str, Message]) -> None:
+    """Answer what the source says in a move, by type, and take whatever else comes."""
+    channel = greet(connection)
+    while True:
+        frame = channel.receive(deadline=Deadline.after(PATIENCE_S))
+        asked = frame.message() if frame.kind is FrameKind.CONTROL else {}
+        if (message := answers.get(str(asked.get("type")))) is not None:
+            answer = {**message.to_message(), "move_id": asked.get("move_id", "")}
+            channel.send(Frame.control(answer), deadline=Deadline.after(PATIENCE_S))
+
+
+WILLING: dict[str, Message] = {"preflight": Findings(), "offer": Prepared(move_id="")}
+
+
+def holdless(connection: socket.socket) -> None:
+    take_part(connection, WILLING)
+
+
+def unready(connection: socket.socket) -> None:
+    take_part(connection, {**WILLING, "frozen": Holding(move_id="")})
+
+
 BEHAVIOURS: dict[str, Callable[[socket.socket], None]] = {
     name: function
     for name, function in globals().items()
-    if name in ("silent", "mute", "garbage", "stuck", "leaves", "lies", "long")
+    if name in ("silent", "mute", "garbage", "stuck", "leaves", "lies", "long", "holdless", "unready")
 }
 
 
