@@ -17,7 +17,7 @@ from typing import Any, Self
 from runtime.address import host_address
 from runtime.api import Container
 from runtime.errors import BadInput, WrongState
-from runtime.linux.listen_table import ListenTable
+from runtime.linux.tcp_table import TcpTable
 from runtime.network import in_network_namespace
 
 START_TIMEOUT_S = 10.0
@@ -45,7 +45,7 @@ def _first_listener(container: Container) -> str:
     network = container.spec.network
     ports: set[int] = set()
     # A container that has just ended listens nowhere.
-    with contextlib.suppress(FileNotFoundError), in_network_namespace(container.state.init_pid, ListenTable) as table:
+    with contextlib.suppress(FileNotFoundError), in_network_namespace(container.state.init_pid, TcpTable) as table:
         ports = {listener.port for listener in table.listeners() if not listener.loopback}
     if network is None or not ports:
         raise WrongState(

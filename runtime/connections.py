@@ -15,7 +15,7 @@ from runtime.api import Container, NetworkSpec
 from runtime.errors import MissingFeature
 from runtime.host import HostConfig
 from runtime.linux.sockdiag import TcpDestroyer
-from runtime.linux.tcp_table import TcpConnection, connections
+from runtime.linux.tcp_table import TcpConnection, TcpTable
 from runtime.neighbours import gateway_of
 from runtime.network import in_network_namespace
 
@@ -62,7 +62,12 @@ def foreseen(host: HostConfig, container: Container, policy: TcpPolicy) -> list[
     if network is None or policy == "keep":
         return []
     here = bool(gateway_of(host, network))
-    return lost_connections(connections(container.state.init_pid), network, policy, host_is_gateway=here)
+    try:
+        table = in_network_namespace(container.state.init_pid, TcpTable)
+    except OSError:
+        return []  # it has ended meanwhile
+    with table:
+        return lost_connections(table.connections(), network, policy, host_is_gateway=here)
 
 
 def can_close() -> bool:
@@ -83,6 +88,7 @@ class ConnectionCloser:
         self._network = container.spec.network
         self._policy = policy
         self._destroyer: TcpDestroyer | None = None
+        self._table: TcpTable | None = None
         self._host_is_gateway = False
         if self._network is None or policy == "keep":
             return
@@ -91,16 +97,18 @@ class ConnectionCloser:
             return  # nothing can be lost: nobody has to look
         try:
             self._destroyer = in_network_namespace(self._pid, TcpDestroyer)
+            self._table = in_network_namespace(self._pid, TcpTable)
         except MissingFeature:
             if policy == "close":
                 raise
 
     def close_lost(self) -> tuple[str, ...]:
         """End them now, when the program stands still and its link still leads to the peers; what was closed."""
-        if self._destroyer is None or self._network is None:
+        if self._destroyer is None or self._table is None or self._network is None:
             return ()
-        found = connections(self._pid)
-        lost = lost_connections(found, self._network, self._policy, host_is_gateway=self._host_is_gateway)
+        lost = lost_connections(
+            self._table.connections(), self._network, self._policy, host_is_gateway=self._host_is_gateway
+        )
         self._destroyer.destroy([connection for connection, _why in lost])
         return tuple(str(connection) for connection, _why in lost)
 
@@ -108,3 +116,6 @@ class ConnectionCloser:
         if self._destroyer is not None:
             self._destroyer.close()
             self._destroyer = None
+        if self._table is not None:
+            self._table.close()
+            self._table = None

@@ -28,8 +28,8 @@ from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, dump_request, external_mounts
 from runtime.criu.rpc import CriuSession
 from runtime.errors import CriuFailed
-from runtime.linux.listen_table import ListenTable
 from runtime.linux.rcu import ExpeditedGracePeriods
+from runtime.linux.tcp_table import TcpTable
 from runtime.linux.vfork import tasks_in_vfork
 from runtime.neighbours import known_neighbours
 from runtime.network import ContainerNetwork, in_network_namespace
@@ -68,7 +68,7 @@ class HeldDump:
         self._cgroup = containers.cgroup(container.id)
         self._network = ContainerNetwork(containers.host, container.id)
         self._session: CriuSession | None = None
-        self._listen_table: ListenTable | None = None
+        self._tcp_table: TcpTable | None = None
         self._grace_periods = ExpeditedGracePeriods(containers.host.run_dir)
         self._frozen = False
         self.mounts: tuple[ExternalMount, ...] = ()
@@ -96,7 +96,7 @@ class HeldDump:
         if self.container.spec.network is not None:
             self._network.look_up()
             self._network.open_inside(state.init_pid, self.container.spec.network)
-        self._listen_table = in_network_namespace(state.init_pid, ListenTable)
+        self._tcp_table = in_network_namespace(state.init_pid, TcpTable)
         self._closer = ConnectionCloser(self._containers.host, self.container, self._tcp)
         status = ask_monitor(self._containers.host, self.container.id, "status")
         self.pipes = (status["pipes"][0], status["pipes"][1])
@@ -170,15 +170,15 @@ class HeldDump:
     def _let_accept(self) -> None:
         """A connection that nobody has accepted can not be dumped, and its client would be reset. None comes any more,
         so the container runs for moments until it has taken those that wait; one that does not keeps nobody waiting."""
-        assert self._listen_table is not None
-        self.unaccepted = self._listen_table.waiting_connections()
+        assert self._tcp_table is not None
+        self.unaccepted = self._tcp_table.waiting_connections()
         if not self.unaccepted:
             return
         for attempt in range(ACCEPT_ATTEMPTS):
             self._cgroup.thaw()
             time.sleep(ACCEPT_PAUSE_S * (1 + attempt))
             self._freeze_outside_vfork()
-            before, self.unaccepted = self.unaccepted, self._listen_table.waiting_connections()
+            before, self.unaccepted = self.unaccepted, self._tcp_table.waiting_connections()
             if not self.unaccepted or (attempt >= ACCEPT_PATIENCE and self.unaccepted == before):
                 break
         ask_monitor(self._containers.host, self.container.id, "drain")
@@ -246,8 +246,8 @@ class HeldDump:
         if self._session is not None:
             self._session.close()
             self._session = None
-        if self._listen_table is not None:
-            self._listen_table.close()
+        if self._tcp_table is not None:
+            self._tcp_table.close()
         self._grace_periods.end()
         if self._closer is not None:
             self._closer.close()

@@ -6,7 +6,7 @@ import pytest
 
 from runtime.api import NetworkSpec
 from runtime.connections import fate, lost_connections
-from runtime.linux.tcp_table import TcpConnection, parse_connections
+from runtime.linux.tcp_table import TcpConnection
 
 NETWORK = NetworkSpec(
     address="10.88.0.5/16",
@@ -15,8 +15,6 @@ NETWORK = NetworkSpec(
     address6="fd00:88::5/64",
     gateway6="fd00:88::1",
 )
-HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
-REST = "00000000:00000000 00:00000000 00000000     0        0 1 1"
 
 
 def to(remote: str, local: str = "10.88.0.5") -> TcpConnection:
@@ -49,24 +47,3 @@ def test_keep_ends_none_and_close_all_but_those_inside() -> None:
     closed = [connection for connection, _why in lost_connections(found, NETWORK, "close", host_is_gateway=True)]
     assert closed == found[1:]
     assert [c for c, _why in lost_connections(found, NETWORK, "auto", host_is_gateway=True)] == found[2:]
-
-
-def test_connections_are_read_without_listeners_and_those_that_are_over_and_mapped_addresses_are_ipv4() -> None:
-    text = HEAD + (
-        f"   0: 00000000:0050 00000000:0000 0A {REST}\n"
-        f"   1: 0500580A:0050 010200C0:9C40 01 {REST}\n"
-        f"   2: 0500580A:0050 010200C0:9C41 06 {REST}\n"
-        f"   3: 0500580A:0051 010200C0:9C42 02 {REST}\n"
-    )
-    found = list(parse_connections(text.splitlines()))
-    assert [str(connection) for connection in found] == [
-        "10.88.0.5:80 - 192.0.2.1:40000",
-        "10.88.0.5:81 - 192.0.2.1:40002",
-    ]
-    mapped = "0000000000000000FFFF0000{}"
-    text = HEAD + f"   0: {mapped.format('0500580A')}:0050 {mapped.format('010200C0')}:9C40 08 {REST}\n"
-    (one,) = parse_connections(text.splitlines())
-    assert (str(one), one.family_bits) == ("10.88.0.5:80 - 192.0.2.1:40000", 128)
-    text = HEAD + f"   0: 000080FD000000000000000005000000:0050 000080FD000000000000000001000000:9C40 01 {REST}\n"
-    (one,) = parse_connections(text.splitlines())
-    assert str(one) == "[fd80::5]:80 - [fd80::1]:40000"
