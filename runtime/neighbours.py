@@ -19,7 +19,9 @@ from runtime.address import subnet_of
 from runtime.api import NetworkSpec
 from runtime.errors import BadInput
 from runtime.host import HostConfig
-from runtime.network import LINK_INSIDE, in_network_namespace
+from runtime.inside import LINK_INSIDE
+from runtime.network import ContainerNetwork, in_network_namespace
+from runtime.orders import LATER, Orders
 
 # linux/neighbour.h
 _NUD_STALE, _NUD_PERMANENT = 0x04, 0x80
@@ -68,51 +70,35 @@ def gateway_of(host: HostConfig, network: NetworkSpec) -> str:
 
 
 class NeighbourTable:
-    """Of one container that is being restored: prepared in its namespace, set at the moment its link has joined."""
+    """Of one container that is being restored: made ready on the way, set at the moment its link has joined."""
 
     def __init__(self, host: HostConfig, network: NetworkSpec) -> None:
         self._network = network
         self._gateway_mac = gateway_of(host, network)
-        self._socket: socket.socket | None = None
-        self._orders = b""
+        self._orders: Orders | None = None
 
-    def prepare(self, init_pid: int, known: Mapping[str, str]) -> None:
+    def get_ready(self, known: Mapping[str, str]) -> None:
         """Nothing is set yet. Raises BadInput for what is no address or no MAC: ``known`` comes from a peer."""
         entries = dict(list(known.items())[:MAX_NEIGHBOURS])
         if self._gateway_mac:
             entries[self._network.gateway] = self._gateway_mac
             if self._network.gateway6:
                 entries[self._network.gateway6] = self._gateway_mac
-        if entries:
-            self._socket, self._orders = in_network_namespace(init_pid, lambda: _orders(entries))
+        self._orders = Orders(lambda batch: _fill(batch, entries))
 
-    def set(self) -> None:
+    def set(self, network: ContainerNetwork) -> None:
         """One system call. Without an entry a neighbour is asked for, as ever; so nothing here is an error."""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                self._socket.send(self._orders)
-
-    def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        if self._orders is not None:
+            network.order(self._orders)
 
 
-def _orders(entries: Mapping[str, str]) -> tuple[socket.socket, bytes]:
-    """In the container's namespace: a netlink socket, and all that is to be sent through it."""
-    index = socket.if_nametoindex(LINK_INSIDE)
-    batch = IPBatch()
-    try:
-        for address, mac in entries.items():
-            try:
-                where = str(ipaddress.ip_address(address))
-            except ValueError as error:
-                raise BadInput(f"neighbour {address!r} is no address") from error
-            if not _MAC.fullmatch(mac):
-                raise BadInput(f"neighbour {address}: {mac!r} is no MAC address")
-            # Stale: good for the first words, and asked for again soon afterwards.
-            batch.neigh("replace", dst=where, lladdr=mac, ifindex=index, state=_NUD_STALE)
-        orders = bytes(batch.batch)
-    finally:
-        batch.close()
-    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE), orders
+def _fill(batch: IPBatch, entries: Mapping[str, str]) -> None:
+    for address, mac in entries.items():
+        try:
+            where = str(ipaddress.ip_address(address))
+        except ValueError as error:
+            raise BadInput(f"neighbour {address!r} is no address") from error
+        if not _MAC.fullmatch(mac):
+            raise BadInput(f"neighbour {address}: {mac!r} is no MAC address")
+        # Stale: good for the first words, and asked for again soon afterwards.
+        batch.neigh("replace", dst=where, lladdr=mac, ifindex=LATER, state=_NUD_STALE)

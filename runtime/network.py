@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import secrets
 import socket
 import threading
@@ -31,29 +30,13 @@ from runtime.api import NetworkSpec, PortMapping
 from runtime.errors import KernelCallFailed, RuntimeFault
 from runtime.forwarding import stop_forwarding
 from runtime.host import HostConfig
+from runtime.inside import LINK_INSIDE, InsideSockets, configure, inside_orders, open_sockets
 from runtime.linux import calls
 from runtime.nft import run_nft
+from runtime.orders import LATER, Orders, route_socket
 
-LINK_INSIDE = "eth0"
 # 50, 200 and 1000 ms after the first announcement.
 AGAIN_S = (0.05, 0.15, 0.8)
-LOOPBACK_INDEX = 1  # in every network namespace
-# Written in the container's namespace before its first instruction: path below /proc/sys/net -> value.
-SYSCTLS = {
-    # CRIU can not dump MPTCP sockets, and Go's listeners are MPTCP by default since 1.24.
-    "mptcp/enabled": "0",
-    "ipv4/ping_group_range": "0 2147483647",
-    "ipv4/ip_unprivileged_port_start": "0",
-    # A restored socket speaks the moment it leaves repair mode, before its link has joined the bridge, so its first ARP
-    # request is lost: the next one comes after this time, and the default is a second.
-    f"ipv4/neigh/{LINK_INSIDE}/retrans_time_ms": "20",
-    f"ipv4/neigh/{LINK_INSIDE}/mcast_solicit": "50",
-    f"ipv6/neigh/{LINK_INSIDE}/retrans_time_ms": "20",
-    f"ipv6/neigh/{LINK_INSIDE}/mcast_solicit": "50",
-    # Addresses are ours to give, at once: no second of waiting whether somebody else has one, no router's advice.
-    f"ipv6/conf/{LINK_INSIDE}/accept_dad": "0",
-    f"ipv6/conf/{LINK_INSIDE}/accept_ra": "0",
-}
 
 T = TypeVar("T")
 
@@ -179,7 +162,9 @@ class ContainerNetwork:
         self._name = link_name(container_id)
         self._table = nft.container_table(container_id)
         self._netlink: IPRoute | None = None
-        self._inside: socket.socket | None = None
+        self._inside: InsideSockets | None = None
+        self._outside: socket.socket | None = None
+        self._orders: tuple[Orders, Orders] | None = None
         self._announcements: tuple[bytes, ...] = ()
         self._link_index: int | None = None
         self._bridge_index: int | None = None
@@ -198,40 +183,53 @@ class ContainerNetwork:
         if self._inside is not None:
             self._inside.close()
             self._inside = None
+        if self._outside is not None:
+            self._outside.close()
+            self._outside = None
 
     def _socket(self) -> IPRoute:
         if self._netlink is None:
             self._netlink = IPRoute()
         return self._netlink
 
+    def get_ready(self, network: NetworkSpec) -> None:
+        """Make everything that ``attach`` needs, before there is a namespace. Raises BadInput for a bad address."""
+        self._announcements = announcements(network)
+        self.look_up()
+        # Made where it belongs: moving a link from one namespace to another takes the kernel ten times as long.
+        peer = {"ifname": LINK_INSIDE, "net_ns_pid": LATER, "address": network.mac}
+        link = Orders(lambda batch: batch.link("add", ifname=self._name, kind="veth", state="up", peer=peer))
+        self._orders = link, inside_orders(network)
+        self._outside = route_socket()
+
     def attach(self, init_pid: int, network: NetworkSpec, *, connect: bool = True) -> None:
         """Give the namespace of ``init_pid`` its link, address and routes; ``connect`` joins the bridge as well.
 
         Raises KernelCallFailed, and BadInput for an address that is none; nothing is left on the host then.
         """
-        self._announcements = announcements(network)
-        self.look_up()
+        if self._orders is None:
+            self.get_ready(network)
+        assert self._orders is not None
+        link, inside = self._orders
         try:
             with _netlink_call(f"link {self._name}"):
-                self._add_veth(init_pid, network)
-                self._inside = in_network_namespace(init_pid, lambda: _configure_inside(network))
+                self._add_veth(link, init_pid)
+                self._inside = in_network_namespace(init_pid, lambda: configure(inside))
             if connect:
                 self.connect()
         except BaseException:
             self._delete_link()
             raise
 
-    def _add_veth(self, init_pid: int, network: NetworkSpec) -> None:
-        # Made where it belongs: moving a link from one namespace to another takes the kernel ten times as long.
-        peer = {"ifname": LINK_INSIDE, "net_ns_pid": init_pid, "address": network.mac}
-        orders = {"ifname": self._name, "kind": "veth", "state": "up", "peer": peer}
+    def _add_veth(self, order: Orders, init_pid: int) -> None:
+        assert self._outside is not None
         try:
-            self._socket().link("add", **orders)
+            order.perform(self._outside, init_pid)
         except NetlinkError as error:
             if error.code != errno.EEXIST:
                 raise
             self._delete_link()  # of a container that ended while nobody looked
-            self._socket().link("add", **orders)
+            order.perform(self._outside, init_pid)
         self._link_index = _index(self._name)
 
     def look_up(self) -> None:
@@ -248,7 +246,7 @@ class ContainerNetwork:
         """For a container that runs already: get ready to ``announce`` its address."""
         self._announcements = announcements(network)
         with _netlink_call(f"namespace of {init_pid}"):
-            self._inside = in_network_namespace(init_pid, _packet_socket)
+            self._inside = in_network_namespace(init_pid, open_sockets)
 
     def connect(self) -> None:
         """The container's frames reach the bridge from here on. Two messages for one that publishes ports."""
@@ -276,7 +274,13 @@ class ContainerNetwork:
         if self._inside is not None:
             with _netlink_call(f"announcement by {LINK_INSIDE}"):
                 for frame in self._announcements * times:
-                    self._inside.sendto(frame, (LINK_INSIDE, protocol_of(frame)))
+                    self._inside.packet.sendto(frame, (LINK_INSIDE, protocol_of(frame)))
+
+    def order(self, orders: Orders) -> None:
+        """About the link inside, after ``attach``; one system call. Nobody looks whether they are carried out."""
+        if self._inside is not None:
+            with contextlib.suppress(OSError):
+                orders.send(self._inside.route, self._inside.link_index)
 
     def announce_again(self, pauses_s: Sequence[float] = AGAIN_S) -> None:
         """A frame can be lost, and a switch be slow to learn: announce once more after each pause. Does not wait for
@@ -287,11 +291,11 @@ class ContainerNetwork:
 
         def body() -> None:
             # The container may end or move on meanwhile: then there is nobody to announce.
-            with inside, contextlib.suppress(OSError):
+            with contextlib.closing(inside), contextlib.suppress(OSError):
                 for pause_s in pauses_s:
                     time.sleep(pause_s)
                     for frame in self._announcements:
-                        inside.sendto(frame, (LINK_INSIDE, protocol_of(frame)))
+                        inside.packet.sendto(frame, (LINK_INSIDE, protocol_of(frame)))
 
         threading.Thread(target=body, name="announce", daemon=True).start()
 
@@ -348,36 +352,6 @@ class ContainerNetwork:
             sent_packets=int(counts["rx_packets"]),
             dropped_packets=int(counts["tx_dropped"] + counts["rx_dropped"]),
         )
-
-
-def _configure_inside(network: NetworkSpec) -> socket.socket:
-    """In the container's namespace: sysctls, loopback, address, routes; a packet socket for announcements."""
-    for name, value in SYSCTLS.items():
-        with contextlib.suppress(FileNotFoundError):
-            Path("/proc/sys/net", name).write_text(value)
-    address = ipaddress.IPv4Interface(network.address)
-    with IPRoute() as netlink:
-        netlink.link("set", index=LOOPBACK_INDEX, state="up")
-        index = socket.if_nametoindex(LINK_INSIDE)
-        netlink.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
-        netlink.link("set", index=index, state="up")
-        netlink.route("add", dst="default", gateway=network.gateway)
-        if network.address6:
-            _configure_ipv6(netlink, index, network)
-    return _packet_socket()
-
-
-def _configure_ipv6(netlink: IPRoute, index: int, network: NetworkSpec) -> None:
-    interface = ipv6_interface(network.address6)
-    prefix = interface.network.prefixlen
-    netlink.addr("add", index=index, family=socket.AF_INET6, address=str(interface.ip), prefixlen=prefix)
-    if network.gateway6:
-        netlink.route("add", family=socket.AF_INET6, dst="default", gateway=network.gateway6, oif=index)
-
-
-def _packet_socket() -> socket.socket:
-    # Of protocol 0 and not bound: it receives nothing, and binding it would take the kernel 10 ms (synchronize_net).
-    return socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
 
 
 __all__ = [

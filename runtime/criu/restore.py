@@ -77,6 +77,7 @@ class HeldRestore:
             self._hold = PacketHold(self._containers.host, self.spec.id, self.spec.network)
             self._hold.prepare()
             self._table = NeighbourTable(self._containers.host, self.spec.network)
+            self._network.get_ready(self.spec.network)
         cgroup = self._containers.cgroup(self.spec.id)
         cgroup.create(self.spec.limits)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -155,6 +156,9 @@ class HeldRestore:
             lazy=lazy,
         )
         self._session.send(request)
+        if self._table is not None:
+            # While CRIU works.
+            self._table.get_ready(self.neighbours)
         while True:
             event = self._session.next_event(RESTORE_TIMEOUT_S)
             if event.type != rpc.NOTIFY:
@@ -172,8 +176,6 @@ class HeldRestore:
         # The bridge must not know the address here yet: an empty namespace would answer peers with a reset.
         if self.spec.network is not None:
             self._network.attach(self._init_pid, self.spec.network, connect=False)
-            if self._table is not None:
-                self._table.prepare(self._init_pid, self.neighbours)
 
     def release(self, *, started_at: str = "", restarts: int = 0) -> ContainerState:
         """Let it run. After this returned, the container runs here or CriuFailed says that it died on the way."""
@@ -191,7 +193,7 @@ class HeldRestore:
                 self._network.connect()
                 self._network.announce(1)
                 if self._table is not None:
-                    self._table.set()
+                    self._table.set(self._network)
                 if self._hold is not None:
                     self._hold.hand_over()
                 self.marks["connected"] = time.monotonic()
@@ -240,9 +242,8 @@ class HeldRestore:
 
     def _close_network(self) -> None:
         self._network.close()
-        for part in (self._hold, self._table):
-            if part is not None:
-                part.close()
+        if self._hold is not None:
+            self._hold.close()
 
     def _log_text(self) -> str:
         texts = []

@@ -35,11 +35,9 @@ def test_neighbours_that_were_known_are_read_and_set_and_the_way_out_is_each_hos
         assert "10.88.0.1" in known_neighbours(ELSEWHERE, first.pid, first.spec)
         inside(first.pid, "ip", "neigh", "flush", "all")
         table = NeighbourTable(HOST, first.spec)
-        table.prepare(first.pid, known)
+        table.get_ready(known)
         assert neighbours(first.pid) == {}
-        table.set()
-        table.close()
-        table.close()
+        table.set(first.network)
         bridge = json.loads(run("ip", "-j", "link", "show", HOST.bridge))[0]["address"]
         assert neighbours(first.pid) == {**known, "10.88.0.1": bridge}
 
@@ -56,14 +54,13 @@ def test_what_waits_for_an_unknown_neighbour_leaves_when_it_is_set() -> None:
         ear.bind(("0.0.0.0", 80))
         ear.settimeout(0.4)
         table = NeighbourTable(HOST, first.spec)
-        table.prepare(first.pid, {second.address: second.spec.mac})
+        table.get_ready({second.address: second.spec.mac})
         # Asks now, while nobody can hear it, and would ask again in a second.
         inside(first.pid, "sh", "-c", "echo 1000 >/proc/sys/net/ipv4/neigh/eth0/retrans_time_ms")
         mouth.sendto(b"waits", (second.address, 80))
         first.network.connect()
-        table.set()
+        table.set(first.network)
         assert ear.recv(100) == b"waits"
-        table.close()
 
 
 def udp() -> socket.socket:
@@ -77,5 +74,4 @@ def test_a_peers_neighbours_are_checked(known: dict[str, str]) -> None:
     with guest(FIRST) as first:
         table = NeighbourTable(HOST, first.spec)
         with pytest.raises(BadInput, match="neighbour"):
-            table.prepare(first.pid, known)
-        table.close()
+            table.get_ready(known)

@@ -23,9 +23,9 @@ import pytest
 from runtime.api import NetworkSpec, PortMapping
 from runtime.errors import KernelCallFailed
 from runtime.host import HostConfig
+from runtime.inside import SYSCTLS
 from runtime.linux import calls
 from runtime.network import (
-    SYSCTLS,
     ContainerNetwork,
     allocate_address,
     ensure_bridge,
