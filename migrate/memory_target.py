@@ -18,6 +18,8 @@ from runtime.memory.lazy import eager_is_better
 from runtime.memory.pager import Pager
 from runtime.memory.ranges import EMPTY, PageRanges
 from runtime.memory.store import Store
+from runtime.memory.store_writer import StoreWriter
+from transport.api import MAX_BODY_BYTES
 
 Run = tuple[int, int, int]
 """(address, pages, flags)"""
@@ -97,6 +99,7 @@ class StorePages:
         self._keep_stores = keep_stores
         self.kept: dict[int, Store] = {}
         self._stores: dict[SpaceId, Store] = {}
+        self._writer = StoreWriter()
         self._runs: dict[SpaceId, list[Run]] = {}
         self._last: dict[SpaceId, list[tuple[int, int]]] = {}
         """Address spaces' pages that came after the freeze: who changed them was at work with them."""
@@ -121,9 +124,7 @@ class StorePages:
     def memory(
         self, pid: int, runs: Sequence[tuple[int, int]], zeros: Sequence[tuple[int, int]], receive: Receive
     ) -> None:
-        store = self._store(SpaceId("task", pid))
-        self._write(store, runs, receive)
-        store.punch((address, pages * PAGE_BYTES) for address, pages in zeros)
+        self._write(self._store(SpaceId("task", pid)), runs, zeros, receive)
 
     def pages(self, space: SpaceId, runs: Sequence[Run], receive: Receive) -> None:
         known = self._runs.get(space)
@@ -132,7 +133,7 @@ class StorePages:
         known.extend((address, pages, flags & ~HELD_FLAG) for address, pages, flags in runs)
         sent = [(address, pages) for address, pages, flags in runs if not flags & HELD_FLAG]
         self._last.setdefault(space, []).extend(sent)
-        self._write(self._stores[space], sent, receive)
+        self._write(self._stores[space], sent, (), receive)
 
     def remote(self, pid: int, runs: Sequence[tuple[int, int]], present: Sequence[tuple[int, int]]) -> None:
         space = SpaceId("task", pid)
@@ -150,20 +151,20 @@ class StorePages:
         self._close_stores()
         return stores
 
-    @staticmethod
-    def _write(store: Store, runs: Sequence[tuple[int, int]], receive: Receive) -> None:
-        size = sum(pages for _address, pages in runs) * PAGE_BYTES
-        if not size:
-            return
-        with store.scratch(size) as view:
-            receive(view)
-            position = 0
-            for address, pages in runs:
-                end = position + pages * PAGE_BYTES
-                store.write(address, view[position:end])
-                position = end
+    def _write(
+        self, store: Store, runs: Sequence[tuple[int, int]], zeros: Sequence[tuple[int, int]], receive: Receive
+    ) -> None:
+        spans, holes = ([(address, pages * PAGE_BYTES) for address, pages in part] for part in (runs, zeros))
+        size = sum(size for _address, size in spans)
+        if size > MAX_BODY_BYTES:
+            raise ProtocolViolation(f"{size} bytes of pages were announced at once")
+        if spans or holes:
+            with self._writer.receiving(store, spans, holes) as view:
+                if spans:
+                    receive(view)
 
     def finish(self) -> None:
+        self._writer.finish()
         wanted = sum(pages for runs in self._runs.values() for _address, pages, _flags in runs) * PAGE_BYTES
         self.lazy = bool(self._remote) or not eager_is_better(wanted, 0)
         if self.lazy:
@@ -229,6 +230,7 @@ class StorePages:
             self.kept.popitem()[1].close()
 
     def close(self) -> None:
+        self._writer.close()
         self.close_kept()
         self._close_stores()
 

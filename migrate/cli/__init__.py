@@ -124,6 +124,9 @@ def wants_json(arguments: Sequence[str]) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Every error ends here as text a person can act on."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # numpy's library for matrices, which we have none of, starts a thread for each processor when it is imported;
+    # they spin for 60 to 100 ms. Session processes of `serve` inherit this.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         result = cli.main(args=given, prog_name="cmigrate", standalone_mode=False)
         sys.stdout.flush()
