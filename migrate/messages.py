@@ -137,7 +137,8 @@ class Findings(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Offer(Message):
-    """Source asks the target to reserve everything for this move."""
+    """Source asks the target to reserve everything for this move. ``way_back`` is the MAC of the source's
+    bridge where that translates addresses of the container's connections (runtime/wayback.py)."""
 
     TYPE: ClassVar[str] = "offer"
     move_id: MoveId
@@ -149,6 +150,7 @@ class Offer(Message):
     facts: Facts = field(default_factory=dict)
     verify: Flag = False
     """Whether hashes of all pages will come, to be compared before READY."""
+    way_back: Text = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ from runtime.memory.tracker import make_tracker
 from runtime.memory.tracker_still import StillTracker
 from runtime.throttle import CpuThrottle
 from runtime.tree import SentContent, Snapshot, compare, mapped_inodes, scan
+from runtime.wayback import way_back
 from runtime.workdir import WorkDirectory
 from transport.api import Deadline, Frame, TransportError
 
@@ -231,9 +232,9 @@ class SourceMove:
         return kind.parse(self._session.channel.receive(deadline=Deadline.after(timeout_s)).message())
 
     def _send_offer(self) -> None:
-        spec = self._container.spec
-        move_id, mode, verify = self._move_id, self._mode, self._verify
-        self._send(messages.Offer(move_id=move_id, epoch=FIRST_EPOCH, mode=mode, spec=spec, verify=verify))
+        spec, mode, verify = self._container.spec, self._mode, self._verify
+        offer = messages.Offer(move_id=self._move_id, epoch=FIRST_EPOCH, mode=mode, spec=spec, verify=verify)
+        self._send(dataclasses.replace(offer, way_back=way_back(self._host, spec)))
         self._undo.callback(self._work.close)
         self._undo.callback(self._dump.rollback)
         self._filter = self._load_filter()

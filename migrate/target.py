@@ -153,6 +153,7 @@ class TargetMove:
         self._containers.store.reserve(self._spec, self._offer.move_id)
         for name in ("upper", "work"):
             (self._directory / name).mkdir(exist_ok=True)
+        self._restore.way_back = self._offer.way_back
         self._restore.prepare()
         self._incoming = Incoming(
             self._asked.channel,

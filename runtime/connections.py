@@ -1,13 +1,12 @@
 """Which of a container's TCP connections can not survive a move, and the end of those while their peers still hear it.
 
-The container's address moves along, so whoever reaches that address reaches it afterwards. What does not move is the
-host: its own addresses, and its memory of whose packets it translates.
+The container's address moves along, so whoever reaches that address reaches it afterwards. Connections whose
+packets the host translates go on through it (wayback.py). What does not move is the host itself, where it is one end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 from collections.abc import Iterable
 from typing import Literal
 
@@ -39,8 +38,6 @@ def fate(connection: TcpConnection, network: NetworkSpec, *, host_is_gateway: bo
         return ""
     if str(remote) in (network.gateway, network.gateway6):
         return "its peer is this host, and that address will be the target's"
-    if remote.version == 4 and remote not in ipaddress.IPv4Interface(network.address).network:
-        return "its packets go under this host's address, and will go under the target's"
     return ""
 
 

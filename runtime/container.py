@@ -30,6 +30,7 @@ from runtime.rootfs import prepare_upper
 from runtime.sandbox.launch import MonitorLaunch, SandboxOrders, ask_monitor
 from runtime.seccomp import capability_set, default_profile
 from runtime.store import ContainerStore, process_start_ticks
+from runtime.wayback import let_expire
 
 LOCK_WAIT_S = 30.0
 KILL_WAIT_S = 10.0
@@ -279,6 +280,7 @@ class Containers:
         cgroup.remove()
         with ContainerNetwork(self.host, container_id) as network:
             network.detach()
+        let_expire(container_id)
         run_dir = self.run_dir(container_id)
         if any(os.path.ismount(path) for path in (run_dir / "root", run_dir / "tmpfs-0")):
             # Only a monitor sees mounts there; deleting through them would empty the container's own root.

@@ -36,6 +36,11 @@ def run_nft(script: str) -> str:
     return _nft(["-f", "-"], script)
 
 
+def list_map(table: str, name: str) -> str:
+    """A map of table ``ip TABLE``, as nft's JSON. Raises ProgramFailed."""
+    return _nft(["-j", "list", "map", "ip", table, name])
+
+
 def tables(family: str = "ip") -> list[str]:
     """Names of all tables of a family; empty where there is no nft."""
     try:

@@ -31,6 +31,7 @@ from runtime.neighbours import NeighbourTable
 from runtime.network import ContainerNetwork, ensure_bridge
 from runtime.packets import PacketHold
 from runtime.sandbox.launch import MonitorLaunch, SandboxOrders
+from runtime.wayback import lead_back
 
 RESTORE_TIMEOUT_S = 600.0
 RELEASE_TIMEOUT_S = 60.0
@@ -54,6 +55,8 @@ class HeldRestore:
         self._table: NeighbourTable | None = None
         self.neighbours: Mapping[str, str] = {}
         """Address -> MAC of what the container knew where it was; to be set before ``restore``."""
+        self.way_back = ""
+        """MAC of the bridge that connections shall go on through (wayback.py); to be set before ``prepare``."""
         self._launch: MonitorLaunch | None = None
         self._session: CriuSession | None = None
         self._sandbox: dict[str, Any] = {}
@@ -74,6 +77,8 @@ class HeldRestore:
         """Make cgroup, bridge, sandbox; start the monitor, and CRIU below it."""
         if self.spec.network is not None:
             ensure_bridge(self._containers.host)
+            if self.way_back:
+                lead_back(self._containers.host, self.spec.id, self.spec.network, self.spec.ports, self.way_back)
             self._hold = PacketHold(self._containers.host, self.spec.id, self.spec.network)
             self._hold.prepare()
             self._table = NeighbourTable(self._containers.host, self.spec.network)

@@ -15,7 +15,10 @@ from pathlib import Path
 # masquerading and for ports of containers that went away (entries of the latter end by themselves).
 STANDING = ("cache", "containers", "moves", "reports", "journal", "criu-features.json")
 LOCKS = (".lock",)
-STANDING_TABLES = ("table ip cmigrate", "table ip cmigrate-forward")
+STANDING_TABLES = ("table ip cmigrate", "table ip cmigrate-forward", "table ip cmigrate-back")
+# Routes back to a host that a container came from: the next container's coming removes those that nothing needs.
+# And the kernel's own link-local addresses and multicast routes, which come a second after a link is up.
+STANDING_ROUTES = re.compile(r"fwmark 0x43|\b240\.\d+\.\d+\.\d+\b|\bfe80:|\bff00::/8")
 
 
 def processes() -> list[str]:
@@ -93,7 +96,7 @@ def nft_rules() -> list[str]:
 def network() -> dict[str, list[str]]:
     """What is set, not what was learned: dynamic neighbours and forwarding entries come and go by themselves."""
     addresses = [" ".join(line.split()[1:4]) for line in run("ip", "-o", "address")]
-    return {
+    picture = {
         "link": links(),
         "address": addresses,
         "route": [
@@ -106,6 +109,7 @@ def network() -> dict[str, list[str]]:
         "bridge port": [" ".join(line.split()[1:2]) for line in run("bridge", "-o", "link")],
         "nft": nft_rules(),
     }
+    return {kind: [line for line in lines if not STANDING_ROUTES.search(line)] for kind, lines in picture.items()}
 
 
 def main() -> None:

@@ -49,13 +49,18 @@ def echo(connection):
 def accept(server, function):
     while True:
         threading.Thread(target=function, args=(server.accept()[0],)).start()
+def datagrams(sock):
+    while True:
+        data, peer = sock.recvfrom(2000); sock.sendto(data, peer)
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); udp.bind(("0.0.0.0", 8002))
+threading.Thread(target=datagrams, args=(udp,)).start()
 threading.Thread(target=accept, args=(socket.create_server(("0.0.0.0", 8001)), echo)).start()
 accept(socket.create_server(("0.0.0.0", 8000)), serve)
 """
 
 
 class Connector:
-    """The program: port 8000 takes orders, port 8001 is an echo."""
+    """The program: port 8000 takes orders, port 8001 is an echo, UDP port 8002 another."""
 
     name = "connector"
     options: tuple[str, ...] = ()
