@@ -8,6 +8,7 @@ MigrateError              what went wrong; ``hint`` says what to do next
 |-- RolledBack            the move failed; the container runs on, on the source
 |-- NotConverging         pre-copy can not meet the limit on the blackout
 |-- BlackoutTooLong       the blackout passed --max-blackout before COMMIT
+|-- Unhealthy             moved, and its health command failed there
 |-- ContainerLost         it ran on the target without all of its memory, and the rest could not be brought
 |-- InDoubt               COMMIT is out and no answer came; the source stays frozen and asks
 |-- MemoryDiffers         --verify: a page on the target is not what it was on the source
@@ -50,6 +51,7 @@ class ExitCode(IntEnum):
     BUSY = 11
     CRIU = 12
     LOST = 13
+    UNHEALTHY = 14
     INTERRUPTED = 130
 
 
@@ -125,6 +127,18 @@ class BlackoutTooLong(MigrateError):
         super().__init__(
             f"the blackout passed the {limit_ms:g} ms of --max-blackout before the target could take over",
             hint="raise --max-blackout, or move with --mode precopy, which freezes for a shorter time",
+        )
+
+
+class Unhealthy(MigrateError):
+    """The container was moved and runs on the target, and its health command does not say that it is well."""
+
+    @classmethod
+    def seen(cls, output: str, exit_code: int | None, container: str, target: str) -> Unhealthy:
+        what = "was not looked at" if exit_code is None else f"its health command ended with {exit_code}"
+        return cls(
+            f"{container} was moved and runs on {target}, but {what}" + (f": {output}" if output else ""),
+            hint=f"see `cmigrate logs {container}` there; nothing is undone, and it can be moved back as it is now",
         )
 
 
@@ -209,6 +223,7 @@ CODES: tuple[tuple[type[BaseException], str, ExitCode], ...] = (
     (NotRoot, "not-root", ExitCode.REFUSED),
     (NotConverging, "not-converging", ExitCode.ROLLED_BACK),
     (MemoryDiffers, "memory-differs", ExitCode.CORRUPT),
+    (Unhealthy, "unhealthy", ExitCode.UNHEALTHY),
     (BlackoutTooLong, "blackout-too-long", ExitCode.ROLLED_BACK),
     (MoveRefused, "refused", ExitCode.REFUSED),
     (ProtocolViolation, "protocol", ExitCode.CONNECTION),

@@ -72,6 +72,18 @@ class Verification:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Health:
+    """What a command in the container said after the move. ``exit_code`` None: it could not be run, ``output`` says
+    why. ``ms`` is all attempts together."""
+
+    healthy: bool
+    exit_code: int | None = None
+    attempts: int = 0
+    ms: float = 0.0
+    output: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Versions:
     """What ran where; empty where it is not known."""
 
@@ -127,6 +139,7 @@ class MoveReport:
     predicted_blackout_ms: float | None = None
     slowed_to_cpus: float | None = None
     closed_connections: tuple[str, ...] = ()
+    health: Health | None = None
     versions: Versions = field(default_factory=Versions)
     error: ReportedError | None = None
     blockers: tuple[Mapping[str, Any], ...] = ()
@@ -163,6 +176,8 @@ def report_from_json(data: Mapping[str, Any]) -> MoveReport:
             fields["fill"] = Fill(**_known(Fill, fields["fill"]))
         if fields.get("verify") is not None:
             fields["verify"] = Verification(**_known(Verification, fields["verify"]))
+        if fields.get("health") is not None:
+            fields["health"] = Health(**_known(Health, fields["health"]))
         if fields["error"] is not None:
             error = _known(ReportedError, fields["error"])
             fields["error"] = ReportedError(**{**error, "log_lines": tuple(error.get("log_lines", ()))})

@@ -18,8 +18,10 @@ from migrate.errors import (
     MigrateError,
     MoveRefused,
     RolledBack,
+    Unhealthy,
     name_peer,
 )
+from migrate.health import HealthCheck, handle_check_health, look_there
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Planned, Warning
 from migrate.plan import NEED_CONSENT, WantedMode, choose, choose_mode
@@ -65,6 +67,8 @@ class MoveOptions:
     """Compare all memory on both sides before anything runs on the target."""
     max_blackout_ms: float | None = None
     """The container runs again on the source after so long, unless COMMIT is on the disk; None: no limit."""
+    health: HealthCheck | None = None
+    """Run in the container once it is on the target; its failure is reported and undoes nothing."""
     timeout_s: float = 20.0
     probe: str = ""
     """What a probe on this host asks meanwhile: an address as probing.py knows it, ``auto``, or nothing."""
@@ -76,6 +80,7 @@ def register_handlers() -> None:
     HANDLERS["preflight"] = answer_preflight
     HANDLERS["ask"] = handle_ask
     HANDLERS["measure"] = answer_measure
+    HANDLERS["check-health"] = handle_check_health
 
 
 def answer_preflight(asked: Asked, message: Mapping[str, Any]) -> None:
@@ -147,7 +152,12 @@ def move(
         raise
     if not options.dry_run:
         ReportStore(host).save(report)
+        if options.health is not None:
+            report = replace(report, health=look_there(host, report, options.health))
+            ReportStore(host).save(report)
     held.on_event(MoveEnded(report=report))
+    if report.health is not None and not report.health.healthy:
+        raise Unhealthy.seen(report.health.output, report.health.exit_code, report.container, report.target)
     if report.verify is not None and report.verify.differing:
         raise MemoryDiffers.after_the_switch(report.verify.differing, report.target)
     return report

@@ -39,12 +39,44 @@ def execute(
 
     ``interactive`` passes this process's stdin on. Raises WrongState for a container that does not run.
     """
+    process = start(containers, reference, argv, env=env, cwd=cwd, user=user, interactive=interactive, detach=detach)
+    try:
+        if not detach:
+            _carry(process, interactive)
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def start(
+    containers: Containers,
+    reference: str,
+    argv: Sequence[str],
+    *,
+    env: Sequence[str] = (),
+    cwd: str = "",
+    user: str = "",
+    interactive: bool = False,
+    detach: bool = False,
+    timeout_s: float | None = None,
+) -> subprocess.Popen[bytes]:
+    """The process that ends as ``argv`` ends in the container; its pipes are the program's, without ``detach``.
+
+    After ``timeout_s`` the program is killed where it is. Raises WrongState for a container that does not run.
+    """
     container = containers.get(reference)
     if container.state.status != Status.RUNNING:
         raise WrongState(f"container {container.name} is {container.state.status}", hint="it must run for this")
     waiters = containers.run_dir(container.id) / "waiters"
     waiters.mkdir(exist_ok=True)
     orders = _orders(containers, container.spec, container.state.init_pid, waiters, argv, env, cwd, user, detach)
+    orders["timeout_s"] = timeout_s
     reader, writer = os.pipe()
     pipe = subprocess.DEVNULL if detach else subprocess.PIPE
     # Without input a pipe that has ended: this host's /dev/null could not be dumped with the container.
@@ -63,18 +95,7 @@ def execute(
         process.stdin.close()
     with open(writer, "wb") as file:
         file.write(json.dumps(orders).encode())
-    try:
-        if not detach:
-            _carry(process, interactive)
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
+    return process
 
 
 def _orders(

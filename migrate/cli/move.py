@@ -13,6 +13,7 @@ from migrate.cli.output import fail, json_option, open_host, terminated_like_int
 from migrate.cli.plan import predictions_table
 
 if TYPE_CHECKING:
+    from migrate.health import HealthCheck
     from migrate.observe import Event, Observer, Planned
     from migrate.precopy import Budget
     from migrate.report import MoveReport
@@ -90,7 +91,63 @@ def rounds_options(command: Callable[..., int]) -> Callable[..., int]:
     return command
 
 
+def health_options(command: Callable[..., int]) -> Callable[..., int]:
+    """A command in the container after the move; docker's names."""
+    options = (
+        click.option(
+            "--health-cmd",
+            "health_command",
+            metavar="COMMAND",
+            help="Run this by sh in the container on the target; its failure is reported (exit code 14), and undoes "
+            "nothing.",
+        ),
+        click.option(
+            "--health-timeout",
+            "health_timeout_s",
+            type=click.FloatRange(min=0.1, max=3600),
+            default=10.0,
+            show_default=True,
+            metavar="S",
+            help="Kill it after so long.",
+        ),
+        click.option(
+            "--health-retries",
+            type=click.IntRange(min=1, max=100),
+            default=3,
+            show_default=True,
+            help="Try so often before it counts as failed.",
+        ),
+        click.option(
+            "--health-interval",
+            "health_interval_s",
+            type=click.FloatRange(min=0, max=3600),
+            default=1.0,
+            show_default=True,
+            metavar="S",
+            help="Between tries.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _health(
+    *, health_command: str | None, health_timeout_s: float, health_retries: int, health_interval_s: float
+) -> HealthCheck | None:
+    from migrate.health import HealthCheck
+
+    if health_command is None:
+        return None
+    if not health_command.strip():
+        raise click.UsageError("--health-cmd is empty")
+    return HealthCheck(
+        command=health_command, timeout_s=health_timeout_s, retries=health_retries, interval_s=health_interval_s
+    )
+
+
 def _budget(
+    *,
     downtime_limit_ms: float,
     max_rounds: int,
     max_time_s: float | None,
@@ -168,6 +225,7 @@ def _budget(
     is_flag=True,
     help="Compare every page on both sides before it runs there; roll back if one differs. Lengthens the blackout.",
 )
+@health_options
 @click.option("--dry-run", is_flag=True, help="Only check; list every reason why it could not be moved.")
 @click.option(
     "--timeout",
@@ -182,13 +240,7 @@ def move_command(
     container: str,
     to: str,
     mode: str,
-    downtime_limit_ms: float,
     max_blackout_ms: float | None,
-    max_rounds: int,
-    max_time_s: float | None,
-    max_bytes: float | None,
-    on_timeout: str,
-    throttle: bool,
     bandwidth_Bps: float | None,
     transport: str,
     probe: str,
@@ -198,6 +250,7 @@ def move_command(
     dry_run: bool,
     timeout_s: float,
     as_json: bool,
+    **grouped: Any,
 ) -> int:
     """Move a running container to another host.
 
@@ -209,6 +262,7 @@ def move_command(
     from migrate.observe import JsonLines, Terminal
     from migrate.wiring import MoveOptions, move
 
+    health = {name: grouped.pop(name) for name in tuple(grouped) if name.startswith("health_")}
     observer = Noting(JsonLines(sys.stdout) if as_json else Terminal(sys.stderr))
     options = MoveOptions(
         mode=mode,  # type: ignore[arg-type]  # click.Choice has checked these
@@ -217,9 +271,10 @@ def move_command(
         tcp=tcp,  # type: ignore[arg-type]
         verify=verify,
         dry_run=dry_run,
-        budget=_budget(downtime_limit_ms, max_rounds, max_time_s, max_bytes, on_timeout, throttle),
+        budget=_budget(**grouped),
         bandwidth_Bps=bandwidth_Bps,
         max_blackout_ms=max_blackout_ms,
+        health=_health(**health),
         timeout_s=timeout_s,
         probe=probe,
     )

@@ -53,6 +53,18 @@ def use_null_stdio() -> None:
     os.close(null)
 
 
+def kill_after(program: int, timeout_s: float) -> None:
+    """The program leads a session of its own: what it has started in it ends as well."""
+
+    def kill(_number: int, _frame: FrameType | None) -> None:
+        for end in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError):
+                end(program, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, kill)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+
+
 def run_waiter(orders: dict[str, Any], up: socket.socket) -> None:
     """In the container's pid namespace: start the program, say its exit code as "done N", or "exit N TEXT"."""
     program = os.fork()
@@ -65,6 +77,8 @@ def run_waiter(orders: dict[str, Any], up: socket.socket) -> None:
         finally:
             os._exit(confine.EXIT_NOT_EXECUTABLE)
     use_null_stdio()
+    if orders.get("timeout_s"):
+        kill_after(program, orders["timeout_s"])
     _pid, status = os.waitpid(program, 0)
     code = os.waitstatus_to_exitcode(status)
     up.send(f"done {128 - code if code < 0 else code}".encode())

@@ -26,7 +26,7 @@ MIGRATE_LAYERS = (
     ("wiring", "trust", "checkpoint", "resolve"),
     ("recover", "course"),
     ("agent", "source", "target"),
-    ("asking",),
+    ("asking", "health"),
     ("links", "survey"),
     ("session",),
     ("preflight",),

@@ -9,6 +9,7 @@ import pytest
 
 from migrate.errors import UnknownReport, full_disk_is_no_room
 from migrate.report import (
+    Health,
     MoveReport,
     Outcome,
     PhaseTime,
@@ -36,6 +37,7 @@ REPORT = MoveReport(
     memory_bytes=64 << 20,
     sent_bytes=SentBytes(images=1000, pages=64 << 20, files=5, control=7),
     phases=(PhaseTime(name="prepare", ms=700.0), PhaseTime(name="freeze", ms=61.5)),
+    health=Health(healthy=False, exit_code=3, attempts=3, ms=2.5, output="sick"),
     verify=Verification(pages=5, ms=1.5, pages_later=3, differing=1),
     versions=Versions(cmigrate="0.1.0", criu_source="4.2", criu_target="4.2", python="3.11.2"),
 )
@@ -73,6 +75,7 @@ FIELDS = [
     "predicted_blackout_ms",
     "slowed_to_cpus",
     "closed_connections",
+    "health",
     "versions",
     "error",
     "blockers",
