@@ -30,8 +30,9 @@ INIT_PATH = "/.cmigrate/init"
 def outer_child(config: Mapping[str, Any], up: socket.socket, stdio: tuple[int, int]) -> None:
     """Never returns to the caller's code path: the caller ends the process in a ``finally``.
 
-    Dialogue on ``up`` (one datagram each): "map" -> (monitor writes the id maps) "mapped" -> "pid N" from here; then
-    the inner child says "ready", waits for "go", and the descriptor closes on exec or carries "exit N text".
+    Dialogue on ``up`` (one datagram each): "map" -> (monitor writes the id maps) "mapped" -> "pid N" from here and,
+    maybe before it, "ready" from the inner child, which waits for "go"; the descriptor closes on exec or carries
+    "exit N text".
     """
     join_cgroups(config["cgroup_paths"])
     flags = NAMESPACES

@@ -121,9 +121,10 @@ class Monitor:
         if self._config["spec"]["userns"] == "private":
             write_identity_map(outer)
         ours.send(b"mapped")
-        self._init_pid = int(self._expect(ours, "pid"))
+        # Two processes say so, and either may be first.
+        said = self._expect(ours, "pid", "ready")
+        self._init_pid = int(said["pid"])
         os.waitpid(outer, 0)
-        self._expect(ours, "ready")
         self._tell({"event": "created", "init_pid": self._init_pid})
         self._hear("go")
         ours.send(b"go")
@@ -132,11 +133,16 @@ class Monitor:
             raise _child_failure(rest)
 
     @staticmethod
-    def _expect(sock: socket.socket, word: str) -> str:
-        answer = sock.recv(4096).decode()
-        if answer.split(" ")[0] != word:
-            raise _child_failure(answer)
-        return answer[len(word) + 1 :]
+    def _expect(sock: socket.socket, *words: str) -> dict[str, str]:
+        """What is said with each of the words, in whatever order they come."""
+        said: dict[str, str] = {}
+        while len(said) < len(words):
+            answer = sock.recv(4096).decode()
+            word, _, rest = answer.partition(" ")
+            if word not in words or word in said:
+                raise _child_failure(answer)
+            said[word] = rest
+        return said
 
     def _restore(self) -> None:
         """Start ``criu swrk`` as a child, in the container's cgroups; the caller talks to it and says how it went."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -24,7 +24,7 @@ if HOST.v2 is not None:
     LAYOUTS["bare v2"] = CgroupLayout(v2=HOST.v2, v1=())
 if "freezer" in dict(HOST.v1):
     LAYOUTS["v1 alone"] = CgroupLayout(v2=None, v1=HOST.v1)
-PARENT = f"cmigrate-test-{os.getpid()}/inner"
+PARENT = f"cmigrate-test-{secrets.token_hex(3)}/inner"
 MIB = 1 << 20
 WAIT_S = 10.0
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -31,7 +32,7 @@ def host(tmp_path: Path) -> Iterator[HostConfig]:
         config_dir=tmp_path / "etc",
         state_dir=tmp_path / "state",
         run_dir=run_dir,
-        cgroup_parent=f"cmigrate-doctor-{os.getpid()}",
+        cgroup_parent=f"cmigrate-doctor-{secrets.token_hex(3)}",
         bridge="cmdoc0",
         subnet="10.98.0.0/16",
         gateway="10.98.0.1",

@@ -1,6 +1,7 @@
 """A container that was slowed down gets its speed back, whoever dies."""
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from runtime.errors import MissingFeature, ProgramFailed
 from runtime.throttle import CpuThrottle
 
 TOP = Path(__file__).resolve().parents[2]
-PARENT = f"cmigrate-test-{os.getpid()}/throttle"
+PARENT = f"cmigrate-test-{secrets.token_hex(3)}/throttle"
 ID = "aa0000000002"
 WAIT_S = 10.0
 
