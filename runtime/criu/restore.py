@@ -20,6 +20,7 @@ from pycriu import rpc_pb2 as rpc
 from runtime.api import ContainerSpec, ContainerState
 from runtime.container import Containers, running_state
 from runtime.criu.binary import CriuBinary
+from runtime.criu.locks import take_lost_locks
 from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, restore_request
 from runtime.criu.rpc import CriuSession
@@ -138,6 +139,7 @@ class HeldRestore:
         try:
             with lazy_restore_allowed() if lazy else contextlib.nullcontext():
                 self._restore(images_fd, mounts, pipes, auto_dedup, lazy)
+            take_lost_locks(self._images, self.tasks())
         finally:
             os.close(images_fd)
 

@@ -30,6 +30,10 @@ class Architecture(ABC):
         """The next instruction's address."""
 
     @abstractmethod
+    def stack_pointer(self, registers: bytes) -> int:
+        """Below it, and the red zone of 128 bytes, is nothing that the thread needs."""
+
+    @abstractmethod
     def calling(self, registers: bytes, instruction: int, number: int, arguments: Sequence[int]) -> bytes:
         """Registers that run one system call by the ``instruction`` at that address, and restart no earlier call."""
 
@@ -57,13 +61,13 @@ class X86_64(Architecture):
     """struct user_regs_struct of asm/user_64.h: 27 words."""
 
     _WORDS = struct.Struct("27Q")
-    _R10, _R9, _R8, _RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP = 7, 8, 9, 10, 12, 13, 14, 15, 16
+    _R10, _R9, _R8, _RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _RSP = 7, 8, 9, 10, 12, 13, 14, 15, 16, 19
     _NO_CALL = (1 << 64) - 1
 
     register_bytes = _WORDS.size
     instruction = b"\x0f\x05"
     instruction_step = 1
-    numbers = {"userfaultfd": 323, "close": 3}
+    numbers = {"userfaultfd": 323, "close": 3, "fcntl": 72}
     # signal(7): what fails with EINTR after a stop though no handler ran. accept, recv and send do so with a timeout
     # set on the socket. connect is not here: it goes on in the background, and calling it again gives another answer.
     _NEVER_RESTARTED = frozenset(
@@ -79,6 +83,9 @@ class X86_64(Architecture):
 
     def program_counter(self, registers: bytes) -> int:
         return self._words(registers)[self._RIP]
+
+    def stack_pointer(self, registers: bytes) -> int:
+        return self._words(registers)[self._RSP]
 
     def calling(self, registers: bytes, instruction: int, number: int, arguments: Sequence[int]) -> bytes:
         words = self._words(registers)
@@ -122,17 +129,20 @@ class Aarch64(Architecture):
     """
 
     _WORDS = struct.Struct("34Q")
-    _X0, _X8, _PC = 0, 8, 32
+    _X0, _X8, _SP, _PC = 0, 8, 31, 32
 
     register_bytes = _WORDS.size
     instruction = b"\x01\x00\x00\xd4"  # svc #0
     instruction_step = 4
-    numbers = {"userfaultfd": 282, "close": 57}
+    numbers = {"userfaultfd": 282, "close": 57, "fcntl": 25}
     # epoll_pwait, epoll_pwait2, semop, semtimedop, rt_sigtimedwait, accept, accept4, recvfrom, recvmsg
     _NEVER_RESTARTED = frozenset({22, 441, 193, 192, 137, 202, 242, 207, 212})
 
     def program_counter(self, registers: bytes) -> int:
         return int(self._WORDS.unpack(registers)[self._PC])
+
+    def stack_pointer(self, registers: bytes) -> int:
+        return int(self._WORDS.unpack(registers)[self._SP])
 
     def calling(self, registers: bytes, instruction: int, number: int, arguments: Sequence[int]) -> bytes:
         words = list(self._WORDS.unpack(registers))

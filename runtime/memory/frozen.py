@@ -94,7 +94,9 @@ class FrozenMemory:
             with self._opened(mapping) as fd:
                 shift = mapping.start - mapping.offset
                 runs = data_runs(fd, mapping.offset, mapping.offset + mapping.end - mapping.start)
-                return PageRanges.from_spans((offset + shift, offset + size + shift) for offset, size in runs)
+                # A file may end within a page.
+                ends = ((offset, -(-(offset + size) // PAGE_BYTES) * PAGE_BYTES) for offset, size in runs)
+                return PageRanges.from_spans((offset + shift, end + shift) for offset, end in ends)
         if not has_pagemap_scan():
             return PageRanges.of(pagemap.own_pages_by_entry(mapping.start, mapping.end))
         # A page of zeros that was put there is one that a store must not be asked for.

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,9 @@ CRITICAL_RETRIES = 5
 # struct rseq_cs of linux/rseq.h: version, flags, start_ip, post_commit_offset, abort_ip
 _RSEQ_CS = struct.Struct("IIQQQ")
 _RSEQ_CS_POINTER_AT = 8
+# struct flock of asm-generic/fcntl.h: type, whence, start, length, pid
+_FLOCK = struct.Struct("=hh4xqq8x")
+_SCRATCH_BELOW_STACK = 1024
 _ALL_SIGNALS = b"\xff" * ptrace.SIGSET_BYTES
 _OPTIONS = ptrace.PTRACE_O_TRACESYSGOOD
 
@@ -81,6 +85,25 @@ def close_descriptor(pid: int, descriptor: int, clock: Clock = time.perf_counter
     """Make the process close one of its descriptors. As ``make_userfaultfd``."""
     with contextlib.ExitStack() as stack:
         _seize(pid, clock, stack).close(descriptor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordLock:
+    """``type``: F_RDLCK or F_WRLCK; ``length`` 0 reaches to the end of the file, however it grows."""
+
+    descriptor: int
+    type: int
+    start: int
+    length: int
+
+
+def take_locks(pid: int, locks: Iterable[RecordLock], clock: Clock = time.perf_counter) -> None:
+    """Make the process take POSIX locks, which belong to it alone. As ``make_userfaultfd``; raises NotInjected also
+    where it does not get one of them."""
+    with contextlib.ExitStack() as stack:
+        seized = _seize(pid, clock, stack)
+        for lock in locks:
+            seized.take_lock(lock)
 
 
 def _seize(pid: int, clock: Clock, stack: contextlib.ExitStack) -> _Seized:
@@ -221,6 +244,24 @@ class _Seized:
             if self._standing:
                 raise LeftBehind(descriptor) from error
             raise
+
+    def take_lock(self, lock: RecordLock) -> None:
+        assert self._registers is not None
+        at = (self._machine.stack_pointer(self._registers) - _SCRATCH_BELOW_STACK) & -16
+        wanted = _FLOCK.pack(lock.type, os.SEEK_SET, lock.start, lock.length)
+        try:
+            memory = os.open(f"/proc/{self._place.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                before = os.pread(memory, len(wanted), at)
+                os.pwrite(memory, wanted, at)
+                result = self.call("fcntl", lock.descriptor, fcntl.F_SETLK, at)
+                os.pwrite(memory, before, at)
+            finally:
+                os.close(memory)
+        except OSError as error:
+            raise NotInjected(f"its stack can not be written to: {error.strerror}") from error
+        if result < 0:
+            raise NotInjected(f"descriptor {lock.descriptor} can not be locked: {os.strerror(-result)}")
 
     def call(self, name: str, *arguments: int) -> int:
         """What the system call returned in the process: -errno for an error."""
