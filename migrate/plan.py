@@ -6,6 +6,7 @@ it rests on, and ``choose`` says why a mode was taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, get_args
@@ -46,8 +47,9 @@ class MoveFacts:
 
     ``memory_bytes`` is private memory; ``shared_bytes`` (shared mappings, memfd) has to go in the blackout in every
     mode; ``files_bytes`` is the root's difference, which goes before it. ``rate_Bps`` is the link's, in memory bytes
-    after what compression gains. ``lazy_restore``: the target fills memory after the container runs.
-    ``setup_ms`` is from the start of the move to the first byte; ``wire_share`` what compression leaves of a byte.
+    after what compression gains; before the blackout the operator may allow less, ``bandwidth_Bps``. ``lazy_restore``:
+    the target fills memory after the container runs. ``setup_ms`` is from the start of the move to the first byte;
+    ``wire_share`` what compression leaves of a byte.
     """
 
     memory_bytes: int
@@ -60,10 +62,16 @@ class MoveFacts:
     lazy_restore: bool = True
     setup_ms: float = 300.0
     wire_share: float = 1.0
+    bandwidth_Bps: float = math.inf
 
     def __post_init__(self) -> None:
-        if self.rate_Bps <= 0:
+        if self.rate_Bps <= 0 or self.bandwidth_Bps <= 0:
             raise ValueError("a move needs a link with a rate above zero")
+
+    @property
+    def live_Bps(self) -> float:
+        """The rate while the container runs here."""
+        return min(self.rate_Bps, self.bandwidth_Bps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +168,7 @@ def _as_good(blackout_ms: float, best_ms: float) -> bool:
 
 
 def _files_s(facts: MoveFacts) -> float:
-    return facts.files_bytes / facts.rate_Bps
+    return facts.files_bytes / facts.live_Bps
 
 
 def _frozen_ms(facts: MoveFacts, *, sent_bytes: float, sending_Bps: float, restored_bytes: float) -> float:
@@ -216,7 +224,7 @@ def _in_rounds(facts: MoveFacts, mode: ModeName, limit_ms: float) -> Prediction:
     seconds, sent, rounds = _files_s(facts), 0.0, 0
     left = float(facts.memory_bytes)
     while True:
-        round_s = max(left / facts.rate_Bps, facts.costs.round_s)
+        round_s = max(left / facts.live_Bps, facts.costs.round_s)
         after = min(float(facts.memory_bytes), facts.curve.dirty_bytes(round_s + facts.costs.scan_to_freeze_s))
         pays = (
             after <= left / 2

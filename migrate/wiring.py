@@ -265,6 +265,8 @@ def _plan(
         plan = choose_mode(options.mode)
     else:
         facts = survey(containers, container, session.channel)
+        if options.bandwidth_Bps is not None:
+            facts = replace(facts, bandwidth_Bps=options.bandwidth_Bps)
         limit_ms = options.budget.downtime_limit_ms
         plan = choose(options.mode, facts, downtime_limit_ms=limit_ms, allow_postcopy=options.allow_postcopy)
     predictions = plan.predictions

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from migrate.cli.choices import Parsed, bandwidth_option, consent_option, transport_option
 from migrate.cli.output import fail, json_option, open_host, terminated_like_interrupted
 from migrate.cli.plan import predictions_table
 
@@ -37,20 +38,6 @@ class Noting:
         self._observer.on_event(event)
 
 
-class _Parsed(click.ParamType[float]):
-    """A word that a function of migrate.cli.options understands; its errors are click's."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        from migrate.cli.options import parse_bytes, parse_rate_Bps
-
-        if not isinstance(value, str):
-            return float(value)
-        return parse_rate_Bps(value) if self.name == "rate" else float(parse_bytes(value))
-
-
 def rounds_options(command: Callable[..., int]) -> Callable[..., int]:
     """When pre-copy's rounds end, and what becomes of a move that can not meet the limit."""
     options = (
@@ -64,7 +51,7 @@ def rounds_options(command: Callable[..., int]) -> Callable[..., int]:
             metavar="S",
             help="At most so many seconds of rounds.",
         ),
-        click.option("--max-bytes", type=_Parsed("size"), metavar="SIZE", help="Send at most this in rounds: 20g."),
+        click.option("--max-bytes", type=Parsed("size"), metavar="SIZE", help="Send at most this in rounds: 20g."),
         click.option(
             "--on-timeout",
             type=click.Choice(["abort", "stopcopy", "postcopy"]),
@@ -77,13 +64,6 @@ def rounds_options(command: Callable[..., int]) -> Callable[..., int]:
             default=True,
             show_default=True,
             help="Slow the container down while no round meets the limit.",
-        ),
-        click.option(
-            "--bandwidth",
-            "bandwidth_Bps",
-            type=_Parsed("rate"),
-            metavar="RATE",
-            help="Send no faster than this before the blackout: 1gbit, 50m (bytes a second).",
         ),
     )
     for option in reversed(options):
@@ -194,13 +174,8 @@ def _budget(
     help="Roll back when it has been frozen so long and the target is not ready.  [default: no limit]",
 )
 @rounds_options
-@click.option(
-    "--transport",
-    type=click.Choice(["auto", "ssh", "stream"]),
-    default="auto",
-    show_default=True,
-    help="auto: stream where the agent there answers, else ssh.",
-)
+@transport_option
+@bandwidth_option
 @click.option(
     "--probe",
     metavar="ADDR|auto",
@@ -208,11 +183,7 @@ def _budget(
     help="Ask this service all the while and report the downtime: [KIND://]HOST:PORT[/PATH], with a kind of "
     "`cmigrate probe`; auto: the first port the container listens on.",
 )
-@click.option(
-    "--allow-postcopy",
-    is_flag=True,
-    help="Allow modes in which memory follows after the switch: until it is there, either host's death loses it all.",
-)
+@consent_option
 @click.option(
     "--tcp",
     type=click.Choice(["auto", "keep", "close"]),

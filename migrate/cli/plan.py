@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from migrate.cli.choices import bandwidth_option, consent_option, transport_option
 from migrate.cli.output import json_option, open_host
 
 if TYPE_CHECKING:
@@ -54,9 +55,21 @@ class Planning:
     show_default=True,
     help="The blackout that is to be met.",
 )
+@transport_option
+@bandwidth_option
+@consent_option
 @json_option
-def plan_command(container: str, to: str, downtime_limit_ms: float, as_json: bool) -> int:
-    """Predict what moving a container would take in each mode, and which one `move --mode auto` takes.
+def plan_command(
+    container: str,
+    to: str,
+    downtime_limit_ms: float,
+    transport: str,
+    bandwidth_Bps: float | None,
+    allow_postcopy: bool,
+    as_json: bool,
+) -> int:
+    """Predict what moving a container would take in each mode, and which one `move --mode auto` takes with the same
+    options.
 
     Measures the link, and how fast the container writes, for a tenth of a second. Checks what `move` checks.
     """
@@ -67,7 +80,14 @@ def plan_command(container: str, to: str, downtime_limit_ms: float, as_json: boo
 
     planning = Planning()
     observer = JsonLines(sys.stdout) if as_json else planning
-    move(host, container, to, MoveOptions(dry_run=True, budget=Budget(downtime_limit_ms=downtime_limit_ms)), observer)
+    options = MoveOptions(
+        dry_run=True,
+        transport=transport,  # type: ignore[arg-type]  # click.Choice has checked it
+        bandwidth_Bps=bandwidth_Bps,
+        allow_postcopy=allow_postcopy,
+        budget=Budget(downtime_limit_ms=downtime_limit_ms),
+    )
+    move(host, container, to, options, observer)
     if planning.planned is not None:
         click.echo("\n".join(predictions_table(planning.planned)))
     return 0

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,6 +84,35 @@ def test_one_round_is_all_when_no_more_are_allowed(writer: TwoHosts) -> None:
     lines = writer.lines("host1", "move", "w", "--to", "host2", *SLOW, "--max-rounds", "1", "--json")
     assert lines[-1]["rounds"] == 1
     assert lines[-1]["outcome"] == "migrated"
+
+
+def test_what_does_not_fit_follows_after_the_switch_where_that_is_allowed(writer: TwoHosts) -> None:
+    options = (*SLOW, "--no-throttle", "--on-timeout", "postcopy")
+    refused = writer.cmigrate("host1", "move", "w", "--to", "host2", *options, check=False)
+    assert refused.returncode == 2
+    assert "--allow-postcopy" in refused.stderr
+    lines = writer.lines("host1", "move", "w", "--to", "host2", *options, "--allow-postcopy", "--verify", "--json")
+    assert [line["decision"] for line in lines if line["type"] == "round"][-1] == "stop"
+    report = lines[-1]
+    assert (report["outcome"], report["mode"]) == ("migrated", "precopy")
+    assert report["fill"]["pages_after"] > 0
+    assert report["verify"]["pages_later"] > 0
+    assert report["verify"]["differing"] == 0
+
+
+def test_a_plan_with_consent_may_take_what_needs_it_and_knows_limits(writer: TwoHosts) -> None:
+    words = ("plan", "w", "--to", "host2", "--downtime-limit", "1", "--transport", "stream", "--json")
+
+    def planned(*options: str) -> dict[str, Any]:
+        (line,) = [line for line in writer.lines("host1", *words, *options) if line["type"] == "plan"]
+        return line
+
+    assert planned()["mode"] not in ("postcopy", "hybrid")
+    (slow,) = [
+        found for found in planned("--allow-postcopy", "--bandwidth", "4m")["predictions"] if found["mode"] == "precopy"
+    ]
+    # 48 MiB at 4 MiB a second.
+    assert slow["total_ms"] > 10_000
 
 
 def test_a_plan_shows_every_mode_and_moves_nothing_and_auto_does_what_it_says(writer: TwoHosts) -> None:

@@ -135,3 +135,15 @@ def test_the_plan_is_what_the_controller_then_does(memory: int, rate: float, col
 def test_a_link_without_a_rate_is_refused() -> None:
     with pytest.raises(ValueError):
         replace(FACTS, rate_Bps=0)
+
+
+def test_a_limit_on_bandwidth_lengthens_what_happens_before_the_blackout_and_not_the_blackout_of_one_go() -> None:
+    free, limited = of(FACTS), of(replace(FACTS, bandwidth_Bps=100e6))
+    assert limited["precopy"].total_ms > 5 * free["precopy"].total_ms
+    assert limited["precopy"].blackout_ms >= free["precopy"].blackout_ms
+    for mode in ("stopcopy", "diskless", "postcopy"):
+        assert limited[mode] == free[mode]
+
+
+def test_a_bandwidth_above_the_links_changes_nothing() -> None:
+    assert of(replace(FACTS, bandwidth_Bps=1e12)) == of(FACTS)
