@@ -234,6 +234,7 @@ CODES: tuple[tuple[type[BaseException], str, ExitCode], ...] = (
     (runtime_errors.WrongState, "wrong-state", ExitCode.REFUSED),
     (runtime_errors.Busy, "busy", ExitCode.BUSY),
     (runtime_errors.MissingFeature, "missing-feature", ExitCode.MISSING_FEATURE),
+    (runtime_errors.ReadOnly, "read-only", ExitCode.NO_ROOM),
     (runtime_errors.NoRoom, "no-room", ExitCode.NO_ROOM),
     (runtime_errors.CorruptData, "corrupt-data", ExitCode.CORRUPT),
     (runtime_errors.CriuFailed, "criu-failed", ExitCode.CRIU),
@@ -342,6 +343,8 @@ def _classify(error: BaseException) -> tuple[str, ExitCode]:
     if isinstance(error, (OSError, runtime_errors.KernelCallFailed)):
         if number in _NO_ROOM_ERRNOS:
             return "no-room", ExitCode.NO_ROOM
+        if number == errno.EROFS:
+            return "read-only", ExitCode.NO_ROOM
         if number in _MISSING_ERRNOS:
             return "missing-feature", ExitCode.MISSING_FEATURE
     return INTERNAL_CODE, ExitCode.INTERNAL

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
 
 from migrate import machine, target_machine
 from migrate.asking import ask
@@ -32,12 +31,11 @@ def recover(host: HostConfig) -> list[str]:
     """Settle what can be settled without asking anybody; a line for each thing done or still open."""
     told: list[str] = []
     turn_off_what_is_left(host.run_dir)
-    journals = list(read_all(host.journal_dir))
-    for journal in journals:
+    for journal in read_all(host.journal_dir):
         if journal.damage or not journal.records:
             continue
         if journal.phase in _SETTLED:
-            if (journal.side, journal.phase) == ("source", "DONE") and _is_last_of_its_container(journal, journals):
+            if (journal.side, journal.phase) == ("source", "DONE") and _is_of_this_stay(host, journal):
                 with contextlib.suppress(Busy, NotFound):
                     told += _forget_moved(host, journal)
             continue
@@ -91,14 +89,12 @@ def _runs(containers: Containers, container_id: str) -> bool:
     return status is Status.PAUSED or (status is Status.RUNNING and not containers.cgroup(container_id).frozen())
 
 
-def _is_last_of_its_container(journal: MoveJournal, journals: Sequence[MoveJournal]) -> bool:
-    """It may have moved back here since; then what is here is no leftover of this move."""
-    container_id = journal.records[0].details.get("container")
-    others = (other for other in journals if other.records and other is not journal)
-    return not any(
-        other.records[0].details.get("container") == container_id and other.records[-1].at > journal.records[-1].at
-        for other in others
-    )
+def _is_of_this_stay(host: HostConfig, journal: MoveJournal) -> bool:
+    """The container may have moved back here since; then what is here is no leftover of this move. Times of day do not
+    tell: a clock may have been put back in between. A journal that does not say so says nothing."""
+    details = journal.records[0].details
+    known, now = details.get("came_by"), Containers(host).store.came_by(str(details.get("container", "")))
+    return isinstance(known, str) and known == now
 
 
 def _settle_doubt(

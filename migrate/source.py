@@ -215,8 +215,8 @@ class SourceMove:
         self._observer.on_event(PhaseStarted(name=name))
 
     def _journal_prepared(self) -> None:
-        target = self._session.entry.name
-        self._write("PREPARED", {"container": self._container.id, "mode": self._mode, "target": target})
+        details = {"container": self._container.id, "mode": self._mode, "target": self._session.entry.name}
+        self._write("PREPARED", {**details, "came_by": self._containers.store.came_by(self._container.id)})
 
     def _write(self, phase: str, details: Mapping[str, Any] | None = None) -> None:
         self._journal.append(phase, details)

@@ -39,7 +39,7 @@ from runtime.connections import TcpPolicy
 from runtime.container import Containers
 from runtime.criu.binary import find_criu
 from runtime.errors import BadInput, RuntimeFault, WrongState
-from runtime.host import HostConfig
+from runtime.host import HostConfig, must_be_writable
 from transport.api import Deadline, Frame, TransportError
 from transport.pacing import PacedChannel, TokenBucket
 
@@ -85,6 +85,7 @@ def register_handlers() -> None:
 
 def answer_preflight(asked: Asked, message: Mapping[str, Any]) -> None:
     """What an earlier move left here may be all that is in the way of this one."""
+    must_be_writable(asked.host)
     for line in recover(asked.host):
         print(f"cmigrate: {line}", file=sys.stderr, flush=True)
     handle_preflight(asked, message)
@@ -126,6 +127,7 @@ def move(
     ``connecting`` opens the session, as ``links.connect`` does.
     """
     check_consent(options)
+    must_be_writable(host)
     for line in recover(host):
         observer.on_event(Warning(what=line))
     containers = Containers(host)

@@ -10,6 +10,7 @@ RuntimeFault            what went wrong; ``hint`` says what to do next
   KernelCallFailed      a system call failed (see linux/calls.py)
   ProgramFailed         a program we ran failed; its stderr is in the text
   NoRoom                disk, memory or an address range is full
+  ReadOnly              a directory that we need can not be written
   CorruptData           data on disk or from a peer does not check out
   CriuFailed            CRIU refused or failed; carries the decisive lines of its log
 """
@@ -55,6 +56,10 @@ class ProgramFailed(RuntimeFault):
 
 
 class NoRoom(RuntimeFault):
+    pass
+
+
+class ReadOnly(RuntimeFault):
     pass
 
 

@@ -8,7 +8,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import BadInput
+from runtime.errors import BadInput, ReadOnly
 
 CONFIG_DIR = Path("/etc/cmigrate")
 
@@ -48,6 +48,17 @@ class HostConfig:
     @property
     def journal_dir(self) -> Path:
         return self.state_dir / "journal"
+
+
+def must_be_writable(host: HostConfig) -> None:
+    """Raises ReadOnly when state or run directory can not be written: an error of a disk makes it so at any time."""
+    for path in (host.state_dir, host.run_dir):
+        there = next(one for one in (path, *path.parents) if one.exists())
+        if not os.access(there, os.W_OK):
+            raise ReadOnly(
+                f"nothing can be written to {there}",
+                hint="mount its file system writable again; the kernel's log (dmesg) says why it is not",
+            )
 
 
 def load_host_config(config_dir: Path | None = None) -> HostConfig:

@@ -26,6 +26,8 @@ from runtime.host import HostConfig
 STORE_LOCK_WAIT_S = 10.0
 LOCK_POLL_S = 0.01
 SPEC, INCOMING, STATE = "spec.json", "incoming.json", "state.json"
+ARRIVED = "arrived.json"
+"""What ``incoming.json`` was: the move that brought the container into this directory."""
 REMOVED_PREFIX = ".removed-"
 DAMAGE_HINT = "restore it from a backup, or remove the container's directory"
 
@@ -127,8 +129,18 @@ class ContainerStore:
         spec = read_json(directory / INCOMING)["spec"]
         self.write_state(container_id, state)
         write_durably(directory / SPEC, json.dumps(spec).encode())
-        (directory / INCOMING).unlink()
+        (directory / INCOMING).rename(directory / ARRIVED)
         sync_directory(directory)
+
+    def came_by(self, container_id: str) -> str:
+        """The move that brought it into its directory here; empty where it was made here, or is not here.
+
+        It tells one stay of a container on this host from another, which no time of day does.
+        """
+        for name in (ARRIVED, INCOMING):
+            with contextlib.suppress(FileNotFoundError, CorruptData):
+                return str(read_json(self.directory(container_id) / name).get("move_id", ""))
+        return ""
 
     def forget_reservation(self, container_id: str, move_id: str) -> None:
         """Undo ``reserve`` of this move; does nothing when there is none."""

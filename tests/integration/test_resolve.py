@@ -140,3 +140,24 @@ def test_where_nothing_is_open_it_is_said(two_hosts: TwoHosts, container: Runnin
     done = two_hosts.cmigrate("host1", "resolve", NAME, "--keep", "target", "--other-side-is-fenced", check=False)
     assert done.returncode == REFUSED
     assert two_hosts.cmigrate("host1", "resolve", "nobody", check=False).returncode == NOT_FOUND
+
+
+def put_clock_back(hosts: TwoHosts, host: str, years: int) -> None:
+    """What this host has written so far bears later times than what it will write."""
+    for file in (hosts.lab.directory / host / "state" / "journal").glob("*.source.jsonl"):
+        text = file.read_text()
+        year = text.partition('"at":"')[2][:4]
+        file.write_text(text.replace(f'"at":"{year}-', f'"at":"{int(year) + years}-'))
+
+
+def test_a_container_that_came_back_is_kept_though_the_clock_was_put_back(
+    two_hosts: TwoHosts, container: Running
+) -> None:
+    container.move("diskless", "stream")
+    put_clock_back(two_hosts, "host1", 1)
+    container.move("diskless", "stream")
+    two_hosts.cmigrate("host1", "stop", "-t", "1", NAME)
+    # Its files are not what the first move has left here.
+    assert two_hosts.cmigrate("host1", "resolve", NAME).stdout.startswith("nothing is open")
+    (line,) = two_hosts.lines("host1", "ps", "-a", "--json")
+    assert (line["name"], line["status"]) == (NAME, "exited")

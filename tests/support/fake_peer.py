@@ -10,6 +10,7 @@ leaves   says hello and closes at the first question
 lies     says hello and answers every question with a map whose fields are of wrong types
 long     says hello and answers with a frame that claims to be larger than any may be
 holdless takes part in a move until the container is frozen, and says nothing more
+newer    says hello in a protocol that is newer than any of ours
 unready  takes part in a move until everything has come, and says nothing more
 """
 
@@ -23,7 +24,7 @@ import zlib
 from collections.abc import Callable, Mapping
 
 from migrate.inventory import Inventory
-from migrate.messages import Findings, Holding, Message, Prepared
+from migrate.messages import PROTOCOL, Findings, Hello, Holding, Message, Prepared
 from migrate.session import exchange_hello
 from runtime.host import load_host_config
 from transport.api import Channel, Deadline, Frame, FrameKind, TransportError
@@ -96,6 +97,14 @@ def long(connection: socket.socket) -> None:
     time.sleep(PATIENCE_S)
 
 
+def newer(connection: socket.socket) -> None:
+    channel = handshake(connection)
+    hello = Hello(protocol=PROTOCOL + 2, oldest=PROTOCOL + 1, version="99.0", host=HOST.name)
+    channel.send(Frame.control(hello.to_message()), deadline=Deadline.after(PATIENCE_S))
+    channel.receive(deadline=Deadline.after(PATIENCE_S))
+    time.sleep(PATIENCE_S)
+
+
 def take_part(connection: socket.socket, answers: Mapping[str, Message]) -> None:
     """Answer what the source says in a move, by type, and take whatever else comes."""
     channel = greet(connection)
@@ -121,7 +130,7 @@ def unready(connection: socket.socket) -> None:
 BEHAVIOURS: dict[str, Callable[[socket.socket], None]] = {
     name: function
     for name, function in globals().items()
-    if name in ("silent", "mute", "garbage", "stuck", "leaves", "lies", "long", "holdless", "unready")
+    if name in ("silent", "mute", "garbage", "stuck", "leaves", "lies", "long", "holdless", "unready", "newer")
 }
 
 

@@ -131,3 +131,9 @@ def test_the_code_of_an_error_survives_the_way_to_the_other_host() -> None:
         if kind is not KeyboardInterrupt:
             assert exit_code_for(PeerFailed("x", code=name)) == exit_code
     assert code_for(PeerFailed("x", code="busy")) == "busy"
+
+
+def test_an_error_of_the_kernel_that_says_so_has_the_same_name() -> None:
+    told = describe(OSError(30, "Read-only file system", "/var/lib/x"))
+    assert (told.code, told.exit_code) == ("read-only", ExitCode.NO_ROOM)
+    assert "/var/lib/x" in told.what

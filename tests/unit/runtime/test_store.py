@@ -146,6 +146,21 @@ def test_a_crash_in_the_middle_of_admit_does_not_make_the_container_removable(st
     assert store.incoming() == []
 
 
+def test_each_stay_of_a_container_on_a_host_is_told_from_the_others(store: ContainerStore) -> None:
+    spec = spec_of("web1")
+    assert store.came_by(spec.id) == ""
+    store.create(spec)
+    assert store.came_by(spec.id) == ""
+    store.remove(spec.id)
+    for move_id in ("move1", "move2"):
+        store.reserve(spec, move_id)
+        assert store.came_by(spec.id) == move_id
+        store.admit(spec.id, RUNNING)
+        assert store.came_by(spec.id) == move_id
+        store.remove(spec.id)
+    assert store.came_by(spec.id) == ""
+
+
 # Damage
 
 
