@@ -220,6 +220,7 @@ class TargetMove:
         self._on(Event.COMMIT)
         self._on(Event.RELEASED)
         self._restore.settle()
+        self._containers.refresh_names(self._spec)
         self._wait_for_done()
         self._become_complete()
 

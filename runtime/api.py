@@ -66,7 +66,8 @@ class RestartPolicy:
 class NetworkSpec:
     """The container's own address (with prefix length), MAC and way out. They move with the container.
 
-    ``address6`` and ``gateway6`` are the same for IPv6, empty where it has none.
+    ``address6`` and ``gateway6`` are the same for IPv6, empty where it has none. ``name`` is that of a user-defined
+    network (networks.py), empty for the host's own.
     """
 
     address: str
@@ -74,6 +75,7 @@ class NetworkSpec:
     gateway: str
     address6: str = ""
     gateway6: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,9 @@ from runtime.errors import Busy, NotFound, RuntimeFault, WrongState
 from runtime.forwarding import forward_ports
 from runtime.host import HostConfig
 from runtime.linux.files import open_in_root
+from runtime.names import refresh_names
 from runtime.network import ContainerNetwork, ensure_bridge
+from runtime.networks import host_for
 from runtime.ports import refuse_taken_ports
 from runtime.rootfs import prepare_upper
 from runtime.sandbox.launch import MonitorLaunch, SandboxOrders, ask_monitor
@@ -139,13 +141,15 @@ class Containers:
                 undo.callback(self.clean_up, container.id)
                 state = self._launch(container.spec, restarts)
                 undo.pop_all()
+            self.refresh_names(container.spec)
             return Container(spec=container.spec, state=state)
 
     def _launch(self, spec: ContainerSpec, restarts: int) -> ContainerState:
         if spec.ports:
             running = self.list(all_states=False)
             refuse_taken_ports(spec, [other.spec for other in running if other.id != spec.id])
-        ensure_bridge(self.host)
+        host = host_for(self.host, spec.network)
+        ensure_bridge(host)
         cgroup = self.cgroup(spec.id)
         cgroup.create(spec.limits)
         capabilities = capability_set(spec.cap_add, spec.cap_drop)
@@ -161,7 +165,7 @@ class Containers:
         with MonitorLaunch(orders, "run") as launch:
             init_pid = int(launch.expect("created")["init_pid"])
             if spec.network is not None:
-                with ContainerNetwork(self.host, spec.id) as network:
+                with ContainerNetwork(host, spec.id) as network:
                     network.attach(init_pid, spec.network)
                     network.publish(spec.ports, spec.network)
             state = running_state(init_pid, launch.process.pid, restarts=restarts)
@@ -230,6 +234,7 @@ class Containers:
                 self._wait_gone(container, KILL_WAIT_S)
             self.clean_up(container.id)
             self.store.remove(container.id)
+        self.refresh_names(container.spec, gone=True)
 
     def wait(self, reference: str) -> int:
         """Block until the container has ended; its exit code."""
@@ -291,6 +296,11 @@ class Containers:
         """The container has moved away: its published ports lead to it from here for a while. Raises ProgramFailed."""
         if spec.network is not None:
             forward_ports(spec.ports, spec.network)
+
+    def refresh_names(self, spec: ContainerSpec, *, gone: bool = False) -> None:
+        """The containers of its user-defined network know its name, or no more."""
+        if spec.network is not None and spec.network.name:
+            refresh_names(self.list(all_states=False), spec.network.name, [spec.name] if gone else ())
 
     def _must_run(self, container: Container) -> None:
         if container.state.status not in (Status.RUNNING, Status.PAUSED):

@@ -21,6 +21,7 @@ from runtime.errors import BadInput
 from runtime.host import HostConfig
 from runtime.inside import LINK_INSIDE
 from runtime.network import ContainerNetwork, in_network_namespace
+from runtime.networks import host_for
 from runtime.orders import LATER, Orders
 
 # linux/neighbour.h
@@ -60,6 +61,7 @@ def _read() -> dict[str, str]:
 
 def gateway_of(host: HostConfig, network: NetworkSpec) -> str:
     """The MAC of this host's bridge, where that is the container's way out; else empty."""
+    host = host_for(host, network)
     own = (host.bridge_address or f"{host.gateway}/{subnet_of(host).prefixlen}").partition("/")[0]
     if own != network.gateway:
         return ""

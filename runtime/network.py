@@ -32,6 +32,7 @@ from runtime.forwarding import stop_forwarding
 from runtime.host import HostConfig
 from runtime.inside import LINK_INSIDE, InsideSockets, configure, inside_orders, open_sockets
 from runtime.linux import calls
+from runtime.networks import BRIDGE_PATTERN
 from runtime.nft import run_nft
 from runtime.orders import LATER, Orders, route_socket
 
@@ -72,8 +73,24 @@ def ensure_bridge(host: HostConfig) -> None:
     if host.gateway6:
         _set_sysctl("ipv6/conf/all/forwarding", "1")
     _set_sysctl(f"ipv4/conf/{host.bridge}/route_localnet", "1")
-    chains = run_nft(nft.host_rules(bridge=host.bridge, subnet=host.subnet) + "list chains\n")
+    table = bridge_table(host.bridge)
+    chains = run_nft(nft.host_rules(bridge=host.bridge, subnet=host.subnet, table=table) + "list chains\n")
     nft.allow_forwarding(host.bridge, chains)
+
+
+def bridge_table(bridge: str) -> str:
+    """The nft table for all of a bridge's containers."""
+    return f"{nft.HOST_TABLE}-{bridge}" if BRIDGE_PATTERN.fullmatch(bridge) else nft.HOST_TABLE
+
+
+def remove_bridge(bridge: str) -> None:
+    """Of a user-defined network, with its rules. Idempotent."""
+    with IPRoute() as netlink, _netlink_call(f"bridge {bridge}"):
+        index = _index(bridge)
+        if index is not None:
+            with _tolerating(errno.ENODEV):
+                netlink.link("del", index=index)
+    run_nft(nft.remove_table(bridge_table(bridge)))
 
 
 def _random_mac() -> str:

@@ -72,10 +72,10 @@ def container_table(container_id: str) -> str:
     return f"{HOST_TABLE}-{container_id}"
 
 
-def host_rules(*, bridge: str, subnet: str) -> str:
+def host_rules(*, bridge: str, subnet: str, table: str = HOST_TABLE) -> str:
     """Containers reach the world under the host's address, and nothing on the host's loopback."""
     return replace_table(
-        HOST_TABLE,
+        table,
         "chain postrouting {",
         " type nat hook postrouting priority srcnat;",
         f' ip saddr {subnet} ip daddr != {subnet} oifname != "{bridge}" masquerade',

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from runtime.address import allocate_address, with_ipv6
 from runtime.api import ContainerSpec
 from runtime.container import Containers, utc_now
+from runtime.networks import Networks
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # Two words as docker does it, so that a container nobody named can be said aloud.
@@ -25,19 +27,22 @@ def new_spec(
     ip: str = "",
     ip6: str = "",
     network: bool = True,
+    network_name: str = "",
     **fields: Any,
 ) -> ContainerSpec:
     """A spec with id, name and address chosen where they are not given; ``fields`` are ContainerSpec's own.
 
-    Raises BadInput for what does not fit. Nothing is reserved yet: ``Containers.create`` does that.
+    ``network_name`` is a user-defined network, the host's own without one. Raises BadInput for what does not fit,
+    NotFound for a network that is not there. Nothing is reserved yet: ``Containers.create`` does that.
     """
     container_id = containers.store.new_id()
     known = containers.store.known_specs()
     used = [spec.network.address for spec in known if spec.network is not None]
-    chosen = allocate_address(containers.host, container_id, used, ip) if network else None
+    host = Networks(containers.host).host_of(network_name) if network_name else containers.host
+    chosen = replace(allocate_address(host, container_id, used, ip), name=network_name) if network else None
     if chosen is not None and ip6:
         used6 = [spec.network.address6 for spec in known if spec.network is not None]
-        chosen = with_ipv6(chosen, containers.host, ip6, used6)
+        chosen = with_ipv6(chosen, host, ip6, used6)
     given = {variable.partition("=")[0] for variable in env}
     defaults = [] if "PATH" in given else [f"PATH={DEFAULT_PATH}"]
     return ContainerSpec(

@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "migrate.cli.host:host_group",
         "Hosts that this one can move containers to.",
     ),
+    "network": ("migrate.cli.network:network_group", "User-defined networks."),
     "serve": (
         "migrate.cli.serve:serve_command",
         "Run this host's agent.",

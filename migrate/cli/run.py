@@ -37,7 +37,7 @@ RUN_OPTIONS = (
     click.option("--hostname", metavar="NAME", default="", help="Host name inside (default: the name)."),
     click.option("--ip", metavar="ADDRESS", default="", help="The container's address; it moves along."),
     click.option("--ip6", metavar="ADDRESS[/LENGTH]", default="", help="An IPv6 address beside it; it moves along."),
-    click.option("--network", type=click.Choice(["bridge", "none"]), default="bridge", help="none: loopback only."),
+    click.option("--network", metavar="bridge|none|NAME", default="bridge", help="none: only loopback; or a user's."),
     click.option("-m", "--memory", metavar="SIZE", help="Memory limit: 512m, 2g."),
     click.option("--cpus", type=float, metavar="N", help="Processors it may use: 0.5, 2."),
     click.option("--pids-limit", type=int, metavar="N", help="How many processes and threads it may have."),
@@ -92,6 +92,7 @@ def spec_fields(options: dict[str, Any]) -> dict[str, Any]:
         "ip": options["ip"],
         "ip6": options["ip6"],
         "network": options["network"] != "none",
+        "network_name": "" if options["network"] in ("bridge", "none") else options["network"],
     }
 
 

@@ -16,6 +16,7 @@ from runtime.criu.features import CriuFeatures
 from runtime.facts import LowerFile
 from runtime.facts_host import KernelSupport, Room
 from runtime.host import HostConfig
+from runtime.networks import host_for
 
 CLOCK_TOLERANCE_S = 5
 """Two hosts' wall clocks, and the way of a message between them."""
@@ -57,6 +58,7 @@ class TargetView:
     rootfs_exists: bool
     missing_volumes: tuple[str, ...]
     files: Mapping[str, LowerFile | None]
+    network_mismatch: str = ""
     address_at: str = ""
 
     def with_address_at(self, mac: str) -> TargetView:
@@ -214,13 +216,21 @@ def _address(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Find
             f"{address} is in use on the network of {view.host.name}, by {view.address_at}",
             "free the address there",
         )
-    if address not in ipaddress.ip_network(view.host.subnet, strict=False):
+    if view.network_mismatch:
+        own = f"--subnet {ipaddress.ip_interface(network.address).network} --gateway {network.gateway}"
+        yield blocker(
+            "network",
+            f"{view.host.name}: {view.network_mismatch}",
+            f"cmigrate network create {network.name} {own} there",
+        )
+    host = host_for(view.host, network)
+    if address not in ipaddress.ip_network(host.subnet, strict=False):
         yield blocker(
             "subnet",
             f"{address} is not in {view.host.subnet}, the subnet of {view.host.name}",
             "set the same subnet in config.toml of both hosts",
         )
-    elif network.gateway != view.host.gateway:
+    elif network.gateway != host.gateway:
         yield warning(
             "gateway",
             f"the container's way out is {network.gateway}, and the gateway of {view.host.name} is {view.host.gateway}",

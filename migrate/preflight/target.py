@@ -24,6 +24,7 @@ from runtime.facts_host import bound_ports, probe_criu, read_kernel_support, rea
 from runtime.facts_target import AddressProbe, lower_files_at
 from runtime.host import HostConfig
 from runtime.linux.procfs import parse_cpu_flags
+from runtime.networks import host_for, network_mismatch
 
 ADDRESS_ANSWER_S = 0.03
 """How long a machine on the bridge has to claim the container's address."""
@@ -47,7 +48,7 @@ def read_view(host: HostConfig, containers: Containers, wanted: SourceFacts) -> 
     with ExitStack() as stack:
         probe = None
         if spec.network is not None and _is_interface(spec.network.address):
-            probe = stack.enter_context(AddressProbe(host.bridge, spec.network))
+            probe = stack.enter_context(AddressProbe(host_for(host, spec.network).bridge, spec.network))
         criu = probe_criu(host)
         holders = _holders(containers)
         view = TargetView(
@@ -64,6 +65,7 @@ def read_view(host: HostConfig, containers: Containers, wanted: SourceFacts) -> 
             kernel=read_kernel_support(host),
             room=read_room(host),
             holders=holders,
+            network_mismatch=network_mismatch(host, spec.network) if probe is not None else "",
             bound_ports={kind: bound_ports(kind) for kind in {port.protocol for port in spec.ports}},
             rootfs_exists=spec.rootfs == "host" or os.path.isdir(spec.rootfs),
             missing_volumes=tuple(v.source for v in spec.volumes if not os.path.exists(v.source)),

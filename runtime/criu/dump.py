@@ -33,6 +33,7 @@ from runtime.linux.tcp_table import TcpTable
 from runtime.linux.vfork import tasks_in_vfork
 from runtime.neighbours import known_neighbours
 from runtime.network import ContainerNetwork, in_network_namespace
+from runtime.networks import host_for
 from runtime.nft import remove_criu_tables
 from runtime.sandbox.launch import ask_monitor
 
@@ -66,7 +67,7 @@ class HeldDump:
         self._criu = criu
         self.images = images
         self._cgroup = containers.cgroup(container.id)
-        self._network = ContainerNetwork(containers.host, container.id)
+        self._network = ContainerNetwork(host_for(containers.host, container.spec.network), container.id)
         self._session: CriuSession | None = None
         self._tcp_table: TcpTable | None = None
         self._grace_periods = ExpeditedGracePeriods(containers.host.run_dir)
@@ -307,7 +308,7 @@ def wake_after_dead_dump(containers: Containers, container: Container) -> None:
     if state.status not in (Status.RUNNING, Status.PAUSED):
         return
     in_network_namespace(state.init_pid, remove_criu_tables)
-    with ContainerNetwork(containers.host, container.id) as network:
+    with ContainerNetwork(host_for(containers.host, container.spec.network), container.id) as network:
         if container.spec.network is not None:
             network.look_up()
             network.connect()

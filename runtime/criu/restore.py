@@ -30,6 +30,7 @@ from runtime.memory.lazy import lazy_restore_allowed
 from runtime.memory.tasks import tasks_inside
 from runtime.neighbours import NeighbourTable
 from runtime.network import ContainerNetwork, ensure_bridge
+from runtime.networks import host_for
 from runtime.packets import PacketHold
 from runtime.sandbox.launch import MonitorLaunch, SandboxOrders
 from runtime.wayback import lead_back
@@ -50,7 +51,8 @@ class HeldRestore:
         self._images = images
         self._directory = directory
         self._run_dir = containers.run_dir(spec.id)
-        self._network = ContainerNetwork(containers.host, spec.id)
+        self._host = host_for(containers.host, spec.network)
+        self._network = ContainerNetwork(self._host, spec.id)
         self._hold: PacketHold | None = None
         self._grace_periods = ExpeditedGracePeriods(containers.host.run_dir)
         self._table: NeighbourTable | None = None
@@ -77,12 +79,12 @@ class HeldRestore:
     def prepare(self) -> None:
         """Make cgroup, bridge, sandbox; start the monitor, and CRIU below it."""
         if self.spec.network is not None:
-            ensure_bridge(self._containers.host)
+            ensure_bridge(self._host)
             if self.way_back:
-                lead_back(self._containers.host, self.spec.id, self.spec.network, self.spec.ports, self.way_back)
-            self._hold = PacketHold(self._containers.host, self.spec.id, self.spec.network)
+                lead_back(self._host, self.spec.id, self.spec.network, self.spec.ports, self.way_back)
+            self._hold = PacketHold(self._host, self.spec.id, self.spec.network)
             self._hold.prepare()
-            self._table = NeighbourTable(self._containers.host, self.spec.network)
+            self._table = NeighbourTable(self._host, self.spec.network)
             self._network.get_ready(self.spec.network)
         cgroup = self._containers.cgroup(self.spec.id)
         cgroup.create(self.spec.limits)

@@ -21,8 +21,9 @@ class _OpenHow(ctypes.Structure):
     _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
 
 
-def open_regular_in_root(root: int, path: str) -> int:
-    """A descriptor for reading the regular file ``path`` below the directory ``root``; links stay inside it.
+def open_regular_in_root(root: int, path: str, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of the regular file ``path`` below the directory ``root``, for reading without other ``flags``; links
+    stay inside it.
 
     Raises FileNotFoundError when there is none, or something else than a regular file: devices and pipes are not even
     opened. Raises KernelCallFailed for other errors.
@@ -39,6 +40,6 @@ def open_regular_in_root(root: int, path: str) -> int:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise FileNotFoundError(2, "no regular file", path)
-        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(f"/proc/self/fd/{descriptor}", flags | os.O_CLOEXEC)
     finally:
         os.close(descriptor)

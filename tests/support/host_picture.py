@@ -13,7 +13,7 @@ from pathlib import Path
 
 # What stays on a host that once ran a container: directories of containers, moves and reports, the tables for
 # masquerading and for ports of containers that went away (entries of the latter end by themselves).
-STANDING = ("cache", "containers", "moves", "reports", "journal", "criu-features.json")
+STANDING = ("cache", "networks", "containers", "moves", "reports", "journal", "criu-features.json")
 LOCKS = (".lock",)
 STANDING_TABLES = ("table ip cmigrate", "table ip cmigrate-forward", "table ip cmigrate-back")
 # Routes back to a host that a container came from: the next container's coming removes those that nothing needs.

@@ -51,7 +51,7 @@ def options_of(*arguments: str) -> dict[str, Any]:
 
 def test_without_options_the_defaults_are_the_specs_own() -> None:
     fields = spec_fields(options_of())
-    own = ("ip", "ip6", "network", "name", "env", "rootfs")
+    own = ("ip", "ip6", "network", "network_name", "name", "env", "rootfs")
     spec = ContainerSpec(
         id="0123456789ab",
         name="x",
@@ -66,6 +66,7 @@ def test_without_options_the_defaults_are_the_specs_own() -> None:
         "ip": "",
         "ip6": "",
         "network": True,
+        "network_name": "",
         "name": "",
         "env": (),
         "rootfs": "host",
@@ -118,6 +119,7 @@ def test_every_option_of_run_reaches_the_spec(tmp_path: Path) -> None:
         "ip": "10.88.0.9",
         "ip6": "fd00:88::9",
         "network": True,
+        "network_name": "",
     }
 
 
