@@ -22,8 +22,8 @@ class _OpenHow(ctypes.Structure):
 
 
 def open_regular_in_root(root: int, path: str, flags: int = os.O_RDONLY) -> int:
-    """A descriptor of the regular file ``path`` below the directory ``root``, for reading without other ``flags``; links
-    stay inside it.
+    """A descriptor of the regular file ``path`` below the directory ``root``; links stay inside it. It is for reading
+    where no ``flags`` are given.
 
     Raises FileNotFoundError when there is none, or something else than a regular file: devices and pipes are not even
     opened. Raises KernelCallFailed for other errors.

@@ -106,7 +106,8 @@ def network() -> dict[str, list[str]]:
         ],
         "rule": run("ip", "-4", "rule") + run("ip", "-6", "rule"),
         "neighbour": run("ip", "neighbour", "show", "nud", "permanent") + run("ip", "neighbour", "show", "proxy"),
-        "bridge port": [" ".join(line.split()[1:2]) for line in run("bridge", "-o", "link")],
+        # What stands behind the @ is the name that the other end's number happens to have here.
+        "bridge port": [line.split()[1].partition("@")[0].rstrip(":") for line in run("bridge", "-o", "link")],
         "nft": nft_rules(),
     }
     return {kind: [line for line in lines if not STANDING_ROUTES.search(line)] for kind, lines in picture.items()}
