@@ -11,7 +11,7 @@ from tests.support.lab import HOSTS, TwoHosts, nothing_left_on
 from tests.support.netns import in_netns
 from tests.support.routed import FAR, GATEWAY, WAN, Connector, EchoServer, hosts_as_gateways
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture

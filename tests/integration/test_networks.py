@@ -8,7 +8,7 @@ import pytest
 from tests.support.lab import HOSTS, Running, TwoHosts, nothing_left_on
 from tests.support.routed import Connector
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 SUBNET = "10.90.1.0/24"
 
