@@ -35,7 +35,7 @@ def moved_report(course: Course, source: SourceMove) -> MoveReport:
     """The report of a move that has reached RUNNING on the target."""
     clock = source.clock
     running_at = clock.at("finish")
-    sent = source.sent_bytes
+    sent = source.out.sent_bytes
     return replace(
         report_of(course, Outcome.MIGRATED),
         rounds=source.rounds.count if source.rounds is not None else 0,
@@ -44,6 +44,7 @@ def moved_report(course: Course, source: SourceMove) -> MoveReport:
         total_ms=(running_at - course.begin) * 1000,
         blackout_ms=(running_at - clock.at("freeze")) * 1000,
         sent_bytes=SentBytes(images=sent["images"], pages=sent["pages"], files=sent["files"], control=sent["control"]),
+        packed=dict(source.out.pace.packer.memory_bytes),
         phases=tuple(PhaseTime(name=name, ms=ms) for name, ms in clock.phases(running_at)),
         fill=_fill(source),
         verify=_verification(source),

@@ -10,8 +10,10 @@ from typing import Any, BinaryIO
 from migrate import messages
 from migrate.errors import ProtocolViolation
 from migrate.memory_target import PageSink
+from migrate.packing import unpacking
 from migrate.verify_target import ExpectedMemory
 from runtime.criu.images import ImageSetWriter
+from runtime.criu.page_protocol import PAGE_BYTES
 from runtime.criu.pages import SpaceId
 from runtime.tree import Change
 from runtime.treesink import TreeSink
@@ -161,7 +163,8 @@ class Incoming:
     def _receive_memory(self, message: Mapping[str, Any]) -> None:
         """Of a running process: pages, and which pages are all zeros now."""
         pid, runs, zeros = memory_of(message, "runs", "zeros")
-        self._pages.memory(pid, runs, zeros, self._receive_whole)
+        size = sum(pages for _address, pages in runs) * PAGE_BYTES
+        self._pages.memory(pid, runs, zeros, unpacking(message, size, self._receive_whole))
 
     def _receive_remote(self, message: Mapping[str, Any]) -> None:
         """Pages that stay on the source until they are wanted, and pages that came as memory and are not lazy."""

@@ -185,9 +185,11 @@ class LiveMemory:
 
 def send_memory(out: Outgoing, inside: int, filled: list[Range], data: memoryview, zeros: list[Range]) -> None:
     """Pages of the task with this pid inside: ``data`` is the content of ``filled``; of ``zeros`` the news goes."""
-    out.control({"type": "memory", "id": inside, "runs": _in_pages(filled), "zeros": _in_pages(zeros)})
+    message = {"type": "memory", "id": inside, "runs": _in_pages(filled), "zeros": _in_pages(zeros)}
     if filled:
-        out.data("pages", 0, [data])
+        out.memory(message, data)
+    else:
+        out.control(message)
 
 
 def _in_pages(ranges: list[Range]) -> list[int]:

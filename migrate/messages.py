@@ -160,6 +160,7 @@ class Prepared(Message):
     TYPE: ClassVar[str] = "prepared"
     move_id: MoveId
     versions: Versions = field(default_factory=dict)
+    packing: Lines = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,16 @@ Control frames announce, data frames follow; docs/protocol.md has the grammar.
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from migrate import messages
 from migrate.errors import MigrateError, ProtocolViolation
+from migrate.packing import Packer
 from runtime.criu.pages import RunReader, SpaceId
 from runtime.tree import Change, SentContent, read_chunks
 from transport.api import Channel, Deadline, Frame
@@ -27,11 +30,22 @@ CHANGES_BYTES = 512 << 10
 RUNS_PER_MESSAGE = 2048
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How bulk is to be sent. ``take`` is of the bucket that the channel obeys until ``lift`` is called, and a fill
+    after the switch: it counts bytes and says how long to wait."""
+
+    packer: Packer = field(default_factory=Packer)
+    take: Callable[[int], float] = lambda _bytes: 0.0
+    lift: Callable[[], None] = lambda: None
+
+
 class Outgoing:
     """Bulk sender on one channel. ``deadline`` gives the deadline of each call, so that a phase can set its own."""
 
-    def __init__(self, channel: Channel, deadline: Callable[[], Deadline]) -> None:
+    def __init__(self, channel: Channel, deadline: Callable[[], Deadline], pace: Pace | None = None) -> None:
         self.channel = channel
+        self.pace = pace or Pace()
         self._deadline = deadline
         self.sent_bytes: Counter[str] = Counter()
         self._log_inode = self._log_size = 0
@@ -50,6 +64,15 @@ class Outgoing:
         before = self.channel.bytes_sent
         self.channel.send_data(tag, buffers, deadline=self._deadline())
         self.sent_bytes[kind] += self.channel.bytes_sent - before
+
+    def memory(self, message: dict[str, object], data: memoryview) -> None:
+        """A ``memory`` message and its pages, in the way that is best for them."""
+        packer = self.pace.packer
+        packed = packer.pack(data)
+        begin = time.perf_counter()
+        self.control(message | packed.fields())
+        self.data("pages", 0, [packed.body])
+        packer.link.sent(len(packed.body), begin, time.perf_counter())
 
     def tree(self, number: int, root: int, changes: Iterable[Change], sent: SentContent) -> None:
         """Changes of tree ``number`` (0 the upper layer, 1.. the tmpfs mounts), each followed by its content."""

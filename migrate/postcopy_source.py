@@ -101,7 +101,7 @@ class KeptMemory:
         before = self._out.sent_bytes["pages"]
         while not self._whole:
             self.pages_after = self._out.sent_bytes["pages"] - before
-            if self._out.channel.readable(0) or not self._push():
+            if self._out.channel.readable(self._out.pace.take(0)) or not self._push():
                 deadline = Deadline.after(SILENCE_TIMEOUT_S)
                 message = self._out.channel.receive(deadline=deadline).message()
                 if message.get("type") == messages.Want.TYPE:
@@ -152,7 +152,9 @@ class KeptMemory:
         ranges = [(start, end - start) for start, end in spans]
         sent: list[Range] = []
         for filled, data, zeros in self._readers[inside].content(ranges, self._buffer):
+            before = self._out.sent_bytes["pages"]
             send_memory(self._out, inside, filled, data, zeros)
+            self._out.pace.take(self._out.sent_bytes["pages"] - before)
             sent += (*filled, *zeros)
         if sum(size for _address, size in sent) != sum(size for _address, size in ranges):
             # Guard pages: what can not be read here can not be read there, but the target waits for news of it.

@@ -16,6 +16,7 @@ from typing import Any
 from migrate import messages
 from migrate.errors import ProtocolViolation
 from migrate.incoming import memory_of
+from migrate.packing import unpacking
 from migrate.verify_target import ExpectedMemory
 from runtime.memory.pager import Pager, PagerDied
 from runtime.memory.ranges import PAGE_BYTES, PageRanges
@@ -133,8 +134,9 @@ class RemoteFeed:
         size = sum(pages for _address, pages in runs) * PAGE_BYTES
         if size:
             store = self._stores[pid]
+            receive = unpacking(message, size, self._receive_into)
             with store.scratch(size) as view:
-                self._receive_into(view)
+                receive(view)
                 if self._expected is not None:
                     self._expected.arrived(pid, runs, view)
                 position = 0

@@ -110,12 +110,13 @@ class MoveReport:
     """One move. Times in milliseconds, sizes in bytes, ``started_at`` RFC 3339 in UTC.
 
     ``blackout_ms`` runs from frozen on the source to running on the target, or on the source again, on the source's
-    clock; None when the move ended before anything froze. ``downtime_ms`` is the longest time without an answer that a
-    probe saw, if one ran. ``memory_bytes`` is what the container had in memory. ``rounds`` counts passes of pre-copy,
-    so it is 0 without pre-copy. ``why`` the mode was taken; ``predicted_blackout_ms`` by the last round, else by the
-    plan, None without either; ``slowed_to_cpus`` None when the container ran at its own speed. ``closed_connections``
-    are TCP connections of the container that were ended when it froze: "LOCAL:PORT - REMOTE:PORT". ``blockers`` are
-    preflight's, as mappings with check, what and remedy.
+    clock; None when the move ended before anything froze. ``downtime_ms`` is the longest time without an answer
+    that a probe saw, if one ran. ``memory_bytes`` is what the container had in memory. ``packed`` is memory that
+    our reader sent, in bytes before it was packed, by the way it went: none, lz4, zstd. ``rounds`` counts passes of
+    pre-copy, so it is 0 without pre-copy. ``why`` the mode was taken; ``predicted_blackout_ms`` by the last round,
+    else by the plan, None without either; ``slowed_to_cpus`` None when the container ran at its own speed.
+    ``closed_connections`` are TCP connections of the container that were ended when it froze: "LOCAL:PORT -
+    REMOTE:PORT". ``blockers`` are preflight's, as mappings with check, what and remedy.
     """
 
     id: str
@@ -131,6 +132,7 @@ class MoveReport:
     downtime_ms: float | None = None
     memory_bytes: int = 0
     sent_bytes: SentBytes = field(default_factory=SentBytes)
+    packed: Mapping[str, int] = field(default_factory=dict)
     rounds: int = 0
     fill: Fill | None = None
     verify: Verification | None = None
@@ -181,6 +183,7 @@ def report_from_json(data: Mapping[str, Any]) -> MoveReport:
         if fields["error"] is not None:
             error = _known(ReportedError, fields["error"])
             fields["error"] = ReportedError(**{**error, "log_lines": tuple(error.get("log_lines", ()))})
+        fields["packed"] = {str(way): int(size) for way, size in dict(fields.get("packed", {})).items()}
         for name in ("id", "container", "source", "target", "mode", "transport", "started_at"):
             if not isinstance(fields[name], str):
                 raise CorruptData(f"report: {name} is no text")

@@ -21,7 +21,7 @@ from migrate.links import Session
 from migrate.machine import JOURNALED, Action, Event, Phase, step
 from migrate.memory_source import DifferenceSender, LiveMemory, PageThread
 from migrate.observe import Held, PhaseEnded, PhaseStarted, Warning
-from migrate.outgoing import Outgoing
+from migrate.outgoing import Outgoing, Pace
 from migrate.phases import PhaseClock
 from migrate.plan import NEED_CONSENT
 from migrate.postcopy_source import KeptMemory
@@ -71,7 +71,7 @@ class SourceMove:
         observer: Held,
         budget: Budget,
         verify: bool,
-        lift_bandwidth: Callable[[], None],
+        pace: Pace,
         make_report: Callable[[SourceMove], Mapping[str, Any]],
         tcp: TcpPolicy = "keep",
         max_blackout_ms: float | None = None,
@@ -90,7 +90,7 @@ class SourceMove:
         # Image files of a stop-copy go to the disk like any file; no page of any other move does.
         self._closing = ExitStack()
         self._work = WorkDirectory(host.state_dir / "moves" / move_id if mode == "stopcopy" else None)
-        self._out = Outgoing(session.channel, lambda: Deadline.after(IDLE_TIMEOUT_S))
+        self.out = self._out = Outgoing(session.channel, lambda: Deadline.after(IDLE_TIMEOUT_S), pace)
         self._dump = HeldDump(self._containers, container, criu, self._work.path, tcp=tcp)
         self._trees = open_tree_roots(self._containers, container, self._closing)
         self._log = self._containers.store.directory(container.id) / "log.jsonl"
@@ -106,7 +106,6 @@ class SourceMove:
         self._call_off = CallOff(max_blackout_ms)
         self._budget = budget
         self._verify = verify
-        self._lift_bandwidth = lift_bandwidth
         self.clock = PhaseClock()
         self.rounds: Rounds | None = None
         self.complete: messages.Complete | None = None
@@ -139,10 +138,6 @@ class SourceMove:
         """The blackout as the last round foresaw it."""
         return self.rounds.last.blackout_ms if self.rounds is not None and self.rounds.last is not None else None
 
-    @property
-    def sent_bytes(self) -> Mapping[str, int]:
-        return self._out.sent_bytes
-
     # The walk through the table
 
     def run(self) -> None:
@@ -160,6 +155,7 @@ class SourceMove:
         self._mark("prepare")
         self._on(Event.START)
         self.prepared = self._hear(messages.Prepared)
+        self._out.pace.packer.allow(self.prepared.packing)
         self._mark("files")
         self._on(Event.TARGET_PREPARED)
         with self._observer.blackout(), self._call_off.limited():
@@ -314,7 +310,7 @@ class SourceMove:
         self._snapshots[number] = snapshot
 
     def _freeze_and_dump(self) -> None:
-        self._lift_bandwidth()
+        self._out.pace.lift()
         self._mark("freeze")
         self._dump.freeze()
         self._send(messages.Frozen(move_id=self._move_id))

@@ -17,6 +17,7 @@ from migrate.errors import ContainerLost, MoveRefused, describe
 from migrate.incoming import Incoming
 from migrate.journal import Journal
 from migrate.memory_target import NoPages, PageSink, StorePages
+from migrate.packing import WAYS
 from migrate.postcopy_target import DEATH_RECORD, MISSING_MARK, RemoteFeed
 from migrate.report import MoveReport, Outcome, ReportedError, report_from_json
 from migrate.reports import ReportStore
@@ -81,7 +82,9 @@ class TargetMove:
         self._actions: dict[Action, Callable[[], None]] = {
             Action.JOURNAL_RESERVED: self._journal_reserved,
             Action.RESERVE: self._reserve,
-            Action.SEND_PREPARED: lambda: self._send(messages.Prepared(move_id=move_id, versions=versions())),
+            Action.SEND_PREPARED: lambda: self._send(
+                messages.Prepared(move_id=move_id, versions=versions(), packing=WAYS)
+            ),
             Action.STORE: lambda: None,
             Action.VERIFY_AND_RESTORE: self._restore_and_hold,
             Action.JOURNAL_HELD: lambda: self._write("RESTORED_HELD"),

@@ -24,6 +24,8 @@ from migrate.errors import (
 from migrate.health import HealthCheck, handle_check_health, look_there
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Planned, Warning
+from migrate.outgoing import Pace
+from migrate.packing import Compress, Packer
 from migrate.plan import NEED_CONSENT, WantedMode, choose, choose_mode
 from migrate.precopy import Budget
 from migrate.probing import Probing, probe_words
@@ -54,13 +56,14 @@ LINK_CODES = ("channel-closed", "deadline", "transport", "connect")
 @dataclass(frozen=True, kw_only=True)
 class MoveOptions:
     """What the operator asked for. ``timeout_s`` bounds connecting and greeting; ``bandwidth_Bps`` what is sent before
-    the blackout."""
+    the blackout, and the rest of a post-copy after it."""
 
     mode: WantedMode = "auto"
     transport: Literal["auto", "ssh", "stream"] = "auto"
     dry_run: bool = False
     budget: Budget = field(default_factory=Budget)
     bandwidth_Bps: float | None = None
+    compress: Compress = "auto"
     allow_postcopy: bool = False
     tcp: TcpPolicy = "auto"
     verify: bool = False
@@ -232,7 +235,7 @@ def _move_locked(
         _check(containers, container, session, course, held, options.tcp)
         if options.dry_run:
             return report_of(course, Outcome.REFUSED)
-        paced, lift_bandwidth = _paced(session, options.bandwidth_Bps)
+        paced, pace = _paced(session, options)
         source = SourceMove(
             host,
             container,
@@ -243,7 +246,7 @@ def _move_locked(
             observer=held,
             budget=replace(options.budget, hybrid=course.mode == "hybrid"),
             verify=options.verify,
-            lift_bandwidth=lift_bandwidth,
+            pace=pace,
             make_report=lambda done: moved_report(course, done).to_json(),
             tcp=options.tcp,
             max_blackout_ms=options.max_blackout_ms,
@@ -277,13 +280,15 @@ def _plan(
     return Planned(mode=plan.mode, why=plan.reason, predictions=predictions) if predictions else None
 
 
-def _paced(session: Session, bandwidth_Bps: float | None) -> tuple[Session, Callable[[], None]]:
-    """The session with a limit on what it sends, and what lifts it."""
-    if bandwidth_Bps is None:
-        return session, lambda: None
-    bucket = TokenBucket(rate_Bps=bandwidth_Bps, burst_bytes=int(bandwidth_Bps * BURST_S))
+def _paced(session: Session, options: MoveOptions) -> tuple[Session, Pace]:
+    """The session with a limit on what it sends, if there is to be one, and how bulk goes."""
+    packer = Packer(options.compress)
+    if options.bandwidth_Bps is None:
+        return session, Pace(packer=packer)
+    bucket = TokenBucket(rate_Bps=options.bandwidth_Bps, burst_bytes=int(options.bandwidth_Bps * BURST_S))
     channel = PacedChannel(session.channel, bucket)
-    return replace(session, channel=channel), channel.lift
+    pace = Pace(packer=packer, take=bucket.take, lift=channel.lift)
+    return replace(session, channel=channel), pace
 
 
 def _started(course: Course) -> MoveStarted:

@@ -33,7 +33,7 @@ bandwidth_option = click.option(
     "bandwidth_Bps",
     type=Parsed("rate"),
     metavar="RATE",
-    help="Send no faster than this before the blackout: 1gbit, 50m (bytes a second).",
+    help="Send no faster than this, but for the blackout: 1gbit, 50m (bytes a second).",
 )
 consent_option = click.option(
     "--allow-postcopy",

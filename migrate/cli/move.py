@@ -65,6 +65,13 @@ def rounds_options(command: Callable[..., int]) -> Callable[..., int]:
             show_default=True,
             help="Slow the container down while no round meets the limit.",
         ),
+        click.option(
+            "--compress",
+            type=click.Choice(["auto", "none", "lz4", "zstd"]),
+            default="auto",
+            show_default=True,
+            help="Memory on the link; auto: where the link is slower than the processor.",
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -213,6 +220,7 @@ def move_command(
     mode: str,
     max_blackout_ms: float | None,
     bandwidth_Bps: float | None,
+    compress: str,
     transport: str,
     probe: str,
     allow_postcopy: bool,
@@ -244,6 +252,7 @@ def move_command(
         dry_run=dry_run,
         budget=_budget(**grouped),
         bandwidth_Bps=bandwidth_Bps,
+        compress=compress,  # type: ignore[arg-type]
         max_blackout_ms=max_blackout_ms,
         health=_health(**health),
         timeout_s=timeout_s,
@@ -260,7 +269,11 @@ def move_command(
             return fail(error, as_json=as_json)
         raise
     if dry_run and not as_json:
-        click.echo(f"{report.container} can move to {report.target}: {report.mode} by {report.transport}")
-        if observer.planned is not None:
-            click.echo("\n".join(predictions_table(observer.planned)))
+        _say_that_it_can(report, observer)
     return 0
+
+
+def _say_that_it_can(report: MoveReport, observer: Noting) -> None:
+    click.echo(f"{report.container} can move to {report.target}: {report.mode} by {report.transport}")
+    if observer.planned is not None:
+        click.echo("\n".join(predictions_table(observer.planned)))

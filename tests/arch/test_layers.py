@@ -45,6 +45,7 @@ MIGRATE_LAYERS = (
     ),
     ("verify_source", "verify_target"),
     ("outgoing", "memory_target"),
+    ("packing",),
     ("target_machine",),
     ("machine",),
     ("precopy",),

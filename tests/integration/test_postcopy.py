@@ -52,7 +52,9 @@ def test_the_movers_death_in_mid_fill_ends_the_container_and_is_reported(two_hos
     with running(two_hosts, Churn(192)) as container:
         journals = two_hosts.lab.directory / "host2" / "state" / "journal"
         known = set(journals.glob("*"))
-        command = ("move", container.name, "--to", "host2", "--mode", "postcopy", "--allow-postcopy")
+        # 24 s of filling, however fast the machine is.
+        slowly = ("--bandwidth", "8m", "--compress", "none")
+        command = ("move", container.name, "--to", "host2", "--mode", "postcopy", "--allow-postcopy", *slowly)
         mover = two_hosts.lab.popen(
             "host1", ["cmigrate", *command], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -21,7 +21,10 @@ while True:
     word += 1
     time.sleep(0.01)
 """
-SLOW = ("--mode", "precopy", "--transport", "stream", "--bandwidth", "32m", "--downtime-limit", "150")
+SLOW = (
+    *("--mode", "precopy", "--transport", "stream", "--downtime-limit", "150"),
+    *("--bandwidth", "32m", "--compress", "none"),
+)
 
 
 @pytest.fixture

@@ -103,6 +103,8 @@ def network() -> dict[str, list[str]]:
             re.sub(r" (linkdown|dead)\b", "", line).strip()
             for family in ("-4", "-6")
             for line in run("ip", family, "route", "show", "table", "all")
+            # Of a link's own address, which is in the picture: the kernel adds it when it has looked for duplicates.
+            if not line.startswith("local fe80")
         ],
         "rule": run("ip", "-4", "rule") + run("ip", "-6", "rule"),
         "neighbour": run("ip", "neighbour", "show", "nud", "permanent") + run("ip", "neighbour", "show", "proxy"),

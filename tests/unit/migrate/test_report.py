@@ -67,6 +67,7 @@ FIELDS = [
     "downtime_ms",
     "memory_bytes",
     "sent_bytes",
+    "packed",
     "rounds",
     "fill",
     "verify",
