@@ -28,6 +28,8 @@ ROOM_BYTES = 8192
 """A move writes about ten records of some 200 bytes."""
 MAX_FILE_BYTES = 1 << 20
 """A larger file is no journal of ours."""
+RELEASING = "RELEASING"
+"""A note of the target between COMMIT_LOGGED and RESUMED, and no phase: from here on the container may have run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +79,14 @@ class MoveJournal:
     @property
     def phase(self) -> str:
         """The last phase that is on disk; empty when none is."""
-        return self.records[-1].phase if self.records else ""
+        return next((record.phase for record in reversed(self.records) if record.phase != RELEASING), "")
 
     def reached(self, phase: str) -> bool:
         return any(record.phase == phase for record in self.records)
+
+    def details_of(self, phase: str) -> Mapping[str, Any]:
+        """Of the last such record; empty when there is none."""
+        return next((record.details for record in reversed(self.records) if record.phase == phase), {})
 
 
 class Journal:
@@ -122,6 +128,13 @@ class Journal:
 
     def append(self, phase: str, details: Mapping[str, Any] | None = None, *, epoch: int | None = None) -> Record:
         """Write one record; it is on disk when this returns. Raises NoRoom, and OSError; then nothing is decided."""
+        return self._append(phase, details, epoch=epoch, durable=True)
+
+    def note(self, what: str) -> Record:
+        """Write a record that outlives this process, and not a crash of the host: no sync in the blackout for it."""
+        return self._append(what, None, epoch=None, durable=False)
+
+    def _append(self, phase: str, details: Mapping[str, Any] | None, *, epoch: int | None, durable: bool) -> Record:
         self.open()
         record = Record(
             move_id=self._move_id,
@@ -137,7 +150,8 @@ class Journal:
                 if os.pwrite(self._fd, line, self._end) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 # The size is part of what fdatasync makes durable; times are not, and nobody reads them.
-                os.fdatasync(self._fd)
+                if durable:
+                    os.fdatasync(self._fd)
             except BaseException:
                 # A record that failed must not be found by the next reader as if it had been written.
                 os.pwrite(self._fd, b" " * len(line), self._end)
@@ -219,3 +233,14 @@ def _sync_directory(directory: Path) -> None:
 def utc_now() -> str:
     now = datetime.datetime.now(datetime.UTC)
     return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def boot_id() -> str:
+    """Of this boot of the host: what is not synced, and who lives, is told from before a crash by it."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def close_journal(directory: Path, journal: MoveJournal, phase: str) -> None:
+    """Write the end of a move whose own process did not."""
+    with Journal(directory, journal.move_id, side=journal.side, epoch=journal.records[-1].epoch) as file:
+        file.append(phase, {"why": "recovered", "by": os.getpid()})

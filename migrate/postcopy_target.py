@@ -66,6 +66,7 @@ class RemoteFeed:
         self._whole_said = False
         self._frames: queue.SimpleQueue[Frame | BaseException] = queue.SimpleQueue()
         self._death: BaseException | None = None
+        self._broken: BaseException | None = None
         self._bringing = threading.Thread(target=self._bring, name="remote-pages", daemon=True)
         self._asking = threading.Thread(target=self._ask, name="remote-wants", daemon=True)
 
@@ -76,8 +77,10 @@ class RemoteFeed:
         self._asking.start()
 
     def give_up(self) -> None:
-        """The move is undone: what the pager says from now on is no news."""
+        """The move is undone: what the pager says from now on is no news, but that the channel broke is."""
         self._given_up = True
+        if self._broken is not None:
+            self._frames.put(self._broken)
 
     # The channel of the move's own conversation
 
@@ -108,7 +111,10 @@ class RemoteFeed:
             while self._pass_on(self._channel.receive(deadline=Deadline.after(SILENCE_TIMEOUT_S))):
                 pass
         except BaseException as error:
-            if self._missing_bytes:
+            self._broken = error
+            if self._given_up:
+                self._frames.put(error)
+            elif self._missing_bytes:
                 self._pager.lose(f"{self._channel.peer.name} can not send it any more: {error}")
             else:
                 self._frames.put(error)

@@ -7,23 +7,22 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 
-from migrate import machine, target_machine
+from migrate import machine
+from migrate.arrivals import at_work, report_loss, settle_arrival, undo_refused
 from migrate.asking import ask
 from migrate.errors import MigrateError
-from migrate.journal import Journal, MoveJournal, read_all, read_one
-from migrate.postcopy_target import DEATH_RECORD, MISSING_MARK
+from migrate.journal import MoveJournal, close_journal, read_all
 from runtime.api import Container, Status
 from runtime.container import Containers
 from runtime.criu.dump import wake_after_dead_dump
 from runtime.errors import Busy, NotFound, RuntimeFault
 from runtime.host import HostConfig
 from runtime.linux.rcu import turn_off_what_is_left
-from runtime.store import process_start_ticks
 from transport.api import TransportError
 
 _SOURCE_BEFORE_COMMIT = {"PREPARED", "PRECOPY", "FROZEN", "SENDING"}
-_TARGET_BEFORE_COMMIT = {"RESERVED", "RECEIVING", "VERIFIED", "RESTORED_HELD"}
 _SETTLED = {"DONE", "ROLLED_BACK", "RECLAIMED", "CONFIRMED", "REFUSED", "RESUMED"}
 
 
@@ -31,17 +30,31 @@ def recover(host: HostConfig) -> list[str]:
     """Settle what can be settled without asking anybody; a line for each thing done or still open."""
     told: list[str] = []
     turn_off_what_is_left(host.run_dir)
-    for journal in read_all(host.journal_dir):
+    journals = list(read_all(host.journal_dir))
+    arriving = {move_id for move_id, _spec in Containers(host).store.incoming()}
+    for journal in journals:
         if journal.damage or not journal.records:
             continue
         if journal.phase in _SETTLED:
             if (journal.side, journal.phase) == ("source", "DONE") and _is_of_this_stay(host, journal):
                 with contextlib.suppress(Busy, NotFound):
                     told += _forget_moved(host, journal)
+            if (journal.side, journal.phase) == ("target", "REFUSED") and journal.move_id in arriving:
+                undo_refused(host, journal)
             continue
         with contextlib.suppress(Busy):
-            told += _source(host, journal) if journal.side == "source" else _target(host, journal)
+            told += _source(host, journal) if journal.side == "source" else settle_arrival(host, journal)
+    _remove_kept_files(host, journals)
     return told
+
+
+def _remove_kept_files(host: HostConfig, journals: Sequence[MoveJournal]) -> None:
+    """Of moves that are over on this disk, and whose process did not live to remove them."""
+    directory = host.state_dir / "moves"
+    for name in os.listdir(directory) if directory.exists() else ():
+        known = [journal for journal in journals if journal.move_id == name]
+        if known and all(journal.phase in _SETTLED and not at_work(journal) for journal in known):
+            shutil.rmtree(directory / name, ignore_errors=True)
 
 
 def _source(host: HostConfig, journal: MoveJournal) -> list[str]:
@@ -53,14 +66,16 @@ def _source(host: HostConfig, journal: MoveJournal) -> list[str]:
             if journal.phase in _SOURCE_BEFORE_COMMIT:
                 # The target cannot run without COMMIT, so nobody has to be asked.
                 wake_after_dead_dump(containers, container)
-                close_journal(host, journal, machine.Phase.ROLLED_BACK)
-                return [f"move {journal.move_id} of {container.name} was broken off: it runs on here"]
-            return [_settle_doubt(host, journal, containers, container, target)]
+                close_journal(host.journal_dir, journal, machine.Phase.ROLLED_BACK)
+                told = f"move {journal.move_id} of {container.name} was broken off: it runs on here"
+            else:
+                told = _settle_doubt(host, journal, containers, container, target)
     except NotFound:
-        close_journal(host, journal, machine.Phase.ROLLED_BACK)
-        return [f"move {journal.move_id} was broken off, and its container is gone"]
-    finally:
-        shutil.rmtree(host.state_dir / "moves" / journal.move_id, ignore_errors=True)
+        close_journal(host.journal_dir, journal, machine.Phase.ROLLED_BACK)
+        told = f"move {journal.move_id} was broken off, and its container is gone"
+    # Not before: the files of a mover that lives, and holds the lock, are none of ours.
+    shutil.rmtree(host.state_dir / "moves" / journal.move_id, ignore_errors=True)
+    return [told]
 
 
 def _forget_moved(host: HostConfig, journal: MoveJournal) -> list[str]:
@@ -108,72 +123,16 @@ def _settle_doubt(
         return f"move {journal.move_id} of {name} is in doubt, its copy here stays frozen: {error}"
     if state in ("running", "lost"):
         drop_copy(containers, container.id)
-        close_journal(host, journal, machine.Phase.DONE)
+        close_journal(host.journal_dir, journal, machine.Phase.DONE)
+        if state == "lost":
+            report_loss(host, journal, name, source=host.name, target=target, why="the mover on the source died")
         what = "runs on" if state == "running" else "was lost, for its memory did not all arrive; its files are on"
         return f"move {journal.move_id}: {name} {what} {target}"
     if state == "refused":
-        close_journal(host, journal, machine.Phase.RECLAIMED)
+        close_journal(host.journal_dir, journal, machine.Phase.RECLAIMED)
         wake_after_dead_dump(containers, container)
         return f"move {journal.move_id}: {target} refused, {name} runs on here"
     return f"move {journal.move_id} of {name} is in doubt: {target} says {state}; ask again in a minute"
-
-
-def standing(host: HostConfig, move_id: str, epoch: int) -> str:
-    """Where a move into this host stands, for who asks; what was never heard of is refused for good."""
-    journal = read_one(host.journal_dir, move_id, "target")
-    if journal is None or not journal.records:
-        with Journal(host.journal_dir, move_id, side="target", epoch=epoch) as file:
-            file.append(target_machine.Phase.REFUSED, {"why": "asked about a move that never came"})
-        return "refused"
-    if journal.phase in ("RESUMED", "CONFIRMED"):
-        return _whole(host, str(journal.records[0].details.get("container")))
-    if journal.phase == "COMMIT_LOGGED":
-        return (
-            "running" if _is_here(Containers(host), str(journal.records[0].details.get("container"))) else "committed"
-        )
-    if journal.phase == "REFUSED":
-        return "refused"
-    details = journal.records[0].details
-    if _lives(details.get("pid"), details.get("pid_start")):
-        return "held"
-    _target(host, journal)
-    return "refused"
-
-
-def _whole(host: HostConfig, container_id: str) -> str:
-    """Of a container that was released here: post-copy may have to bring memory still, or have failed to."""
-    containers = Containers(host)
-    directory = containers.store.directory(container_id)
-    if not (directory / MISSING_MARK).exists():
-        return "running"
-    lost = (directory / DEATH_RECORD).exists() or not _is_here(containers, container_id)
-    return "lost" if lost else "committed"
-
-
-def _target(host: HostConfig, journal: MoveJournal) -> list[str]:
-    details = journal.records[0].details
-    container_id = str(details.get("container", ""))
-    if _lives(details.get("pid"), details.get("pid_start")):
-        return []
-    containers = Containers(host)
-    if journal.phase in _TARGET_BEFORE_COMMIT:
-        undo_reservation(host, journal)
-        close_journal(host, journal, target_machine.Phase.REFUSED)
-        return [f"move {journal.move_id} into this host was broken off: undone"]
-    if _is_here(containers, container_id):
-        close_journal(host, journal, target_machine.Phase.RESUMED)
-        return []
-    return [f"move {journal.move_id} into this host has COMMIT, and container {container_id} does not run here"]
-
-
-def undo_reservation(host: HostConfig, journal: MoveJournal) -> None:
-    """Remove what a move into this host has made, unless the container lives here."""
-    containers = Containers(host)
-    container_id = str(journal.records[0].details.get("container", ""))
-    if not _is_here(containers, container_id):
-        containers.clean_up(container_id)
-        containers.store.forget_reservation(container_id, journal.move_id)
-    shutil.rmtree(host.state_dir / "moves" / journal.move_id, ignore_errors=True)
 
 
 def drop_copy(containers: Containers, container_id: str) -> None:
@@ -181,21 +140,3 @@ def drop_copy(containers: Containers, container_id: str) -> None:
     containers.cgroup(container_id).kill()
     containers.clean_up(container_id)
     containers.store.remove(container_id)
-
-
-def _lives(pid: object, start_ticks: object) -> bool:
-    return isinstance(pid, int) and process_start_ticks(pid) == start_ticks is not None
-
-
-def _is_here(containers: Containers, container_id: str) -> bool:
-    try:
-        container: Container = containers.get(container_id)
-    except (NotFound, RuntimeFault):
-        return False
-    return container.id == container_id and container.state.status in (Status.RUNNING, Status.PAUSED)
-
-
-def close_journal(host: HostConfig, journal: MoveJournal, phase: str) -> None:
-    side = journal.side
-    with Journal(host.journal_dir, journal.move_id, side=side, epoch=journal.records[-1].epoch) as file:
-        file.append(phase, {"why": "recovered", "by": os.getpid()})

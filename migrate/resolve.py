@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from migrate import machine, target_machine
+from migrate.arrivals import undo_reservation
 from migrate.errors import MoveRefused, StillInDoubt
-from migrate.journal import MoveJournal, read_all
-from migrate.recover import close_journal, drop_copy, recover, undo_reservation
+from migrate.journal import MoveJournal, close_journal, read_all
+from migrate.recover import drop_copy, recover
 from runtime.container import Containers
 from runtime.criu.dump import wake_after_dead_dump
 from runtime.errors import NotFound, WrongState
@@ -67,10 +68,10 @@ def _decide_source(host: HostConfig, journal: MoveJournal, keep: Keep) -> str:
     container_id = str(journal.records[0].details.get("container", ""))
     with containers.locked(container_id, "resolve", wait_s=1.0) as container:
         if keep == "source":
-            close_journal(host, journal, machine.Phase.RECLAIMED)
+            close_journal(host.journal_dir, journal, machine.Phase.RECLAIMED)
             wake_after_dead_dump(containers, container)
             return f"move {journal.move_id}: {container.name} runs on here"
-        close_journal(host, journal, machine.Phase.DONE)
+        close_journal(host.journal_dir, journal, machine.Phase.DONE)
         drop_copy(containers, container.id)
         return f"move {journal.move_id}: the copy of {container.name} here is removed"
 
@@ -78,7 +79,7 @@ def _decide_source(host: HostConfig, journal: MoveJournal, keep: Keep) -> str:
 def _decide_target(host: HostConfig, journal: MoveJournal) -> str:
     """COMMIT came and no copy lives here: whichever is kept, this host has nothing to run."""
     undo_reservation(host, journal)
-    close_journal(host, journal, target_machine.Phase.REFUSED)
+    close_journal(host.journal_dir, journal, target_machine.Phase.REFUSED)
     return f"move {journal.move_id} into this host is ended: nothing of it is left here"
 
 

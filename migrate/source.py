@@ -47,8 +47,7 @@ from runtime.workdir import WorkDirectory
 from transport.api import Deadline, Frame, TransportError
 
 IDLE_TIMEOUT_S = 120.0
-# READY comes after the whole restore, which for an eager restore grows with memory.
-READY_TIMEOUT_S = 600.0
+READY_TIMEOUT_S = 600.0  # it comes after the whole restore, which grows with memory where that is eager
 DISCARD_TIMEOUT_S = 10.0
 COMPLETE_TIMEOUT_S = 3600.0
 FIRST_EPOCH = 1
@@ -232,6 +231,7 @@ class SourceMove:
         offer = messages.Offer(move_id=self._move_id, epoch=FIRST_EPOCH, mode=mode, spec=spec, verify=verify)
         self._send(dataclasses.replace(offer, way_back=way_back(self._host, spec)))
         self._undo.callback(self._work.close)
+        self._work.make()
         self._undo.callback(self._dump.rollback)
         self._filter = self._load_filter()
         if self._mode == "stopcopy":

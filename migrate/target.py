@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from migrate import messages
 from migrate.errors import ContainerLost, MoveRefused, describe
 from migrate.incoming import Incoming
-from migrate.journal import Journal
+from migrate.journal import RELEASING, Journal, boot_id
 from migrate.memory_target import NoPages, PageSink, StorePages
 from migrate.packing import WAYS
 from migrate.postcopy_target import DEATH_RECORD, MISSING_MARK, RemoteFeed
@@ -89,7 +89,7 @@ class TargetMove:
             Action.VERIFY_AND_RESTORE: self._restore_and_hold,
             Action.JOURNAL_HELD: lambda: self._write("RESTORED_HELD"),
             Action.SEND_READY: lambda: self._send(messages.Ready(move_id=move_id, epoch=epoch)),
-            Action.JOURNAL_COMMIT: lambda: self._write("COMMIT_LOGGED"),
+            Action.JOURNAL_COMMIT: self._journal_commit,
             Action.RELEASE: self._release,
             Action.SEND_RUNNING: self._send_running,
             Action.JOURNAL_RESUMED: lambda: self._write("RESUMED"),
@@ -149,10 +149,13 @@ class TargetMove:
     # Before COMMIT
 
     def _journal_reserved(self) -> None:
-        own = os.getpid()
-        self._write("RESERVED", {"container": self._spec.id, "pid": own, "pid_start": process_start_ticks(own)})
+        own, source = os.getpid(), self._asked.peer_hello.host
+        who = {"pid": own, "pid_start": process_start_ticks(own), "boot": boot_id(), "source": source}
+        record = self._journal.append("RESERVED", {"container": self._spec.id, "mode": self._offer.mode, **who})
+        self._begun_at = record.at
 
     def _reserve(self) -> None:
+        self._work.make()
         self._containers.store.reserve(self._spec, self._offer.move_id)
         for name in ("upper", "work"):
             (self._directory / name).mkdir(exist_ok=True)
@@ -258,9 +261,18 @@ class TargetMove:
 
     # From COMMIT on
 
+    def _journal_commit(self) -> None:
+        assert self._state is not None
+        # For who has to take over from here.
+        self._write("COMMIT_LOGGED", {"started_at": self._state.started_at, "restarts": self._state.restarts})
+
     def _release(self) -> None:
         assert self._state is not None
-        state = self._restore.release(started_at=self._state.started_at, restarts=self._state.restarts)
+        state = self._restore.release(
+            started_at=self._state.started_at,
+            restarts=self._state.restarts,
+            before_run=lambda: self._journal.note(RELEASING),
+        )
         if self._lazy_pager is not None:
             self._lazy_pager.begin_filling()
         marks = self._restore.marks
@@ -319,6 +331,7 @@ class TargetMove:
                 differing_pages=self._expected.later.differing if self._expected is not None else 0,
             )
         self._incoming.sync()
+        self._work.close()  # also where DONE did not come
         with contextlib.suppress(TransportError):
             self._send(complete)
 
@@ -344,7 +357,7 @@ class TargetMove:
                 mode=self._offer.mode,
                 transport=self._asked.channel.peer.transport,
                 outcome=Outcome.LOST,
-                started_at=self._runs_as.started_at,
+                started_at=self._begun_at,
                 total_ms=0.0,
                 error=ReportedError(code="lost", what=lost.what, hint=lost.hint),
             )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from migrate import messages, preflight
+from migrate.arrivals import standing
 from migrate.course import Course, failed_report, moved_report, report_of
 from migrate.errors import (
     MemoryDiffers,
@@ -29,7 +30,7 @@ from migrate.packing import Compress, Packer
 from migrate.plan import NEED_CONSENT, WantedMode, choose, choose_mode
 from migrate.precopy import Budget
 from migrate.probing import Probing, probe_words
-from migrate.recover import recover, standing
+from migrate.recover import recover
 from migrate.report import MoveReport, Outcome, Versions
 from migrate.reports import ReportStore
 from migrate.session import HANDLERS, Asked, package_version

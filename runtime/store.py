@@ -144,11 +144,13 @@ class ContainerStore:
 
     def forget_reservation(self, container_id: str, move_id: str) -> None:
         """Undo ``reserve`` of this move; does nothing when there is none."""
-        with contextlib.suppress(FileNotFoundError, CorruptData):
-            directory = self.directory(container_id)
+        directory = self.directory(container_id)
+        with contextlib.suppress(FileNotFoundError, CorruptData), self._store_lock():
             if (directory / SPEC).exists():
                 return  # ``admit`` was cut short after the point from which the container lives here
-            if read_json(directory / INCOMING).get("move_id") == move_id:
+            # Without either file ``reserve`` was cut short: whoever makes one holds the lock.
+            half_made = directory.exists() and not (directory / INCOMING).exists()
+            if half_made or read_json(directory / INCOMING).get("move_id") == move_id:
                 self.remove(container_id)
 
     def _make(self, spec: ContainerSpec, marker: str, content: dict[str, Any], state: ContainerState) -> None:

@@ -10,7 +10,8 @@ from runtime.linux.calls import detached_tmpfs
 
 
 class WorkDirectory:
-    """A directory of one operation: in memory, or at ``on_disk``. ``path`` is valid in this process and its threads.
+    """A directory of one operation: in memory, or at ``on_disk``. ``path`` is valid in this process and its threads,
+    and is there from ``make`` on.
 
     In memory means a tmpfs that is mounted nowhere and reached through a descriptor: no page of it can touch a disk,
     no size of /run limits it, and the kernel takes it back when this process ends, however that happens.
@@ -19,11 +20,15 @@ class WorkDirectory:
     def __init__(self, on_disk: Path | None = None) -> None:
         self._descriptor = -1
         if on_disk is not None:
-            on_disk.mkdir(parents=True, mode=0o700)
             self.path = on_disk
         else:
             self._descriptor = detached_tmpfs()
             self.path = Path(f"/proc/self/fd/{self._descriptor}")
+
+    def make(self) -> None:
+        """On a disk it outlives this process: to be called when it is on record who has to remove it then."""
+        if self._descriptor < 0:
+            self.path.mkdir(parents=True, mode=0o700)
 
     def close(self) -> None:
         """Remove it with all that is in it. Idempotent."""

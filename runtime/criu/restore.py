@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +186,19 @@ class HeldRestore:
         if self.spec.network is not None:
             self._network.attach(self._init_pid, self.spec.network, connect=False)
 
-    def release(self, *, started_at: str = "", restarts: int = 0) -> ContainerState:
-        """Let it run. After this returned, the container runs here or CriuFailed says that it died on the way."""
+    def release(
+        self, *, started_at: str = "", restarts: int = 0, before_run: Callable[[], object] = lambda: None
+    ) -> ContainerState:
+        """Let it run. After this returned, the container runs here or CriuFailed says that it died on the way.
+
+        ``before_run`` is called at the last moment at which it is certain that no instruction of it has run.
+        """
         assert self._session is not None
         assert self._launch is not None
         self.marks["release"] = time.monotonic()
         # From here on the monitor keeps the container, even if this process dies before CRIU has answered.
         self._launch.tell("adopt", init_pid=self._init_pid)
+        before_run()
         self._session.acknowledge()
         while True:
             event = self._session.next_event(RELEASE_TIMEOUT_S)

@@ -71,7 +71,9 @@ class PagerLoop:
         self._counters = Counters()
         self._listener: socket.socket | None = None
         self._criu: socket.socket | None = None
-        self._may_fill = self._resumed = False
+        self._may_fill = False
+        self.resumed = False
+        """CRIU has said that the restore is finished; before that, no task runs."""
         self._ended = False
         self._since = time.monotonic()
         self._complete_ms = 0.0
@@ -129,7 +131,7 @@ class PagerLoop:
         if not data:
             # Whoever started us has gone. A restore that has begun is not his any more.
             self._epoll.unregister(self._control)
-            if self._criu is None and not self._resumed:
+            if self._criu is None and not self.resumed:
                 self._end()
             else:
                 self._lose("the agent that had to bring it has ended")
@@ -221,7 +223,7 @@ class PagerLoop:
             self._epoll.unregister(self._criu)
             self._criu.close()
             self._criu = None
-            self._may_fill = self._resumed = True
+            self._may_fill = self.resumed = True
             self._since = time.monotonic()
             self._tell("resumed", tasks=len(self._fillings))
         elif pid > 0:  # a zombie has no memory
@@ -258,7 +260,7 @@ class PagerLoop:
             except ProcessGone:
                 self._remove(filling)
                 return True
-            if filling.complete and self._resumed:
+            if filling.complete and self.resumed:
                 self._remove(filling)
                 return True
             if moved:
@@ -266,7 +268,7 @@ class PagerLoop:
         return moved
 
     def _end_if_complete(self) -> None:
-        if self._resumed and not self._fillings and not self._ended:
+        if self.resumed and not self._fillings and not self._ended:
             self._complete_ms = (time.monotonic() - self._since) * 1000
             self._tell("filled", **self._numbers())
             self._end()

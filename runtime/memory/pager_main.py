@@ -17,7 +17,8 @@ FD is one end of a SOCK_SEQPACKET pair: JSON datagrams, descriptors by SCM_RIGHT
           {"op": "abandon"}                   the restore is given up, its tasks are dead: end
   pager:  {"event": "ready", "pid"}, "listening", "connected", "resumed", then "filled" with counters, and it ends
           {"event": "want", "vpid", "offset"} somebody waits for a page that is not in the store yet
-  guard:  {"event": "died", "what"}: the pager is dead, and so is the container
+  guard:  {"event": "died", "what", "never_ran"}: the pager is dead, and so is the container; "never_ran" when CRIU had
+          not told the pager that the restore is finished, which it does before it lets a task go
 The caller closing FD before CRIU has connected ends the pager; afterwards nobody needs to be there, unless something
 has not arrived yet: then that is the end of the container.
 """
@@ -74,14 +75,16 @@ def main(control_fd: int) -> None:
 
 def run_pager(control: socket.socket, guard: socket.socket) -> int:
     """The pager's life; what went wrong is the guard's to tell."""
+    loop = PagerLoop(control, guard)
     try:
         with contextlib.suppress(Exception):
             faults.lock_memory()
-        PagerLoop(control, guard).run()
+        loop.run()
     except BaseException as error:
         traceback.print_exc()
+        words = {"failed": f"{error}" or type(error).__name__, "never_ran": not loop.resumed}
         with contextlib.suppress(OSError):
-            guard.send(json.dumps({"failed": f"{error}" or type(error).__name__}).encode())
+            guard.send(json.dumps(words).encode())
         return 1
     return 0
 
@@ -97,6 +100,7 @@ class Guard:
         self._cgroups: list[str] = []
         self._record = ""
         self._failed = ""
+        self._never_ran = False
         self._over = False
 
     def run(self) -> int:
@@ -134,6 +138,7 @@ class Guard:
         if "cgroups" in message:
             self._cgroups, self._record = message["cgroups"], message["record"]
         self._failed = message.get("failed", self._failed)
+        self._never_ran = message.get("never_ran", self._never_ran)
         self._over = self._over or message.get("over", False)
         return True
 
@@ -145,7 +150,7 @@ class Guard:
         for descriptors in self._held.values():
             for descriptor in descriptors:
                 os.close(descriptor)
-        message = {"event": "died", "what": what}
+        message = {"event": "died", "what": what, "never_ran": self._never_ran}
         if self._record:
             with contextlib.suppress(OSError):
                 Path(self._record).write_text(json.dumps(message) + "\n")

@@ -1,7 +1,7 @@
 """What a monitor does once its container runs: pump the log, answer requests, wait for the end. Stdlib only.
 
 Requests on RUN/monitor.sock (SOCK_SEQPACKET, one JSON datagram each way):
-  {"op": "status"}  -> {"init_pid", "pipes": [inode, inode]}
+  {"op": "status"}  -> {"init_pid", "monitor_pid", "pipes": [inode, inode]}
   {"op": "drain"}   -> {} after everything that lay in the pipes is in the log
   {"op": "release"} -> {}: the container leaves this host; its end is no exit and not recorded
   {"op": "wait"}    -> {"exit_code"} when it ends
@@ -134,7 +134,8 @@ class Service:
             self._waiters.append(connection)
             return True
         if op == "status":
-            self._answer(connection, {"init_pid": self._init_pid, "pipes": self._pipe_inodes})
+            pids = {"init_pid": self._init_pid, "monitor_pid": os.getpid()}
+            self._answer(connection, {**pids, "pipes": self._pipe_inodes})
         elif op == "drain":
             self._drain()
             self._answer(connection, {})

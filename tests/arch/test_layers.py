@@ -25,6 +25,7 @@ MIGRATE_LAYERS = (
     ("serve", "probe_scatter"),
     ("wiring", "trust", "checkpoint", "resolve"),
     ("recover", "course"),
+    ("arrivals",),
     ("agent", "source", "target"),
     ("asking", "health"),
     ("links", "survey"),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrate.errors import ProtocolViolation
-from migrate.journal import ROOM_BYTES, Journal, read_all, read_one
+from migrate.journal import RELEASING, ROOM_BYTES, Journal, read_all, read_one
 
 
 def write(directory: Path, *phases: str, move_id: str = "abc") -> Path:
@@ -134,6 +134,17 @@ def test_a_record_is_in_the_file_when_append_returns_though_the_process_is_kille
     ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=30, check=False)
     assert ended.returncode == -9
     assert read_all(tmp_path)[0].phase == "COMMIT_LOGGED"
+
+
+def test_a_note_tells_more_of_a_phase_and_is_none_itself(tmp_path: Path) -> None:
+    with Journal(tmp_path, "abc", side="target") as journal:
+        journal.append("COMMIT_LOGGED", {"restarts": 3})
+        journal.note(RELEASING)
+        (seen,) = read_all(tmp_path)
+        assert (seen.phase, seen.reached(RELEASING)) == ("COMMIT_LOGGED", True)
+        assert (seen.details_of("COMMIT_LOGGED"), seen.details_of("RESUMED")) == ({"restarts": 3}, {})
+        journal.append("RESUMED")
+    assert read_all(tmp_path)[0].phase == "RESUMED"
 
 
 def test_file_and_directory_are_synced_before_append_returns(tmp_path: Path) -> None:

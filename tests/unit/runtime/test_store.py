@@ -135,6 +135,16 @@ def test_forgetting_a_reservation_frees_the_name_for_the_same_move_only(store: C
     assert not store.directory(spec.id).exists()
 
 
+@pytest.mark.parametrize("written", [[], [STATE]])
+def test_a_reservation_that_was_cut_short_is_forgotten_too(store: ContainerStore, written: list[str]) -> None:
+    directory = store.directory(spec_of("web1").id)
+    directory.mkdir(parents=True)
+    for name in written:
+        (directory / name).write_text("{}")
+    store.forget_reservation(directory.name, "move1")
+    assert not directory.exists()
+
+
 def test_a_crash_in_the_middle_of_admit_does_not_make_the_container_removable(store: ContainerStore) -> None:
     spec = spec_of("web1")
     store.reserve(spec, "move1")
