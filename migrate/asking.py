@@ -18,6 +18,9 @@ ASK_TIMEOUT_S = 10.0
 # The target's guard needs milliseconds to end the container; the rest is for a link that comes back.
 SETTLE_TIMEOUT_S = 20.0
 SETTLE_PAUSE_S = 0.3
+# A target that is told that a move is off needs milliseconds to undo it; one that hangs is not waited for.
+UNDO_TIMEOUT_S = 5.0
+_GIVEN_UP = (messages.Error.TYPE, messages.Refused.TYPE)
 
 
 def ask(host: HostConfig, target: str, move_id: str, epoch: int, timeout_s: float = ASK_TIMEOUT_S) -> str:
@@ -30,6 +33,14 @@ def ask(host: HostConfig, target: str, move_id: str, epoch: int, timeout_s: floa
     if (answer.move_id, answer.epoch) != (move_id, epoch):
         raise ProtocolViolation(f"{target} answered for another move")
     return answer.state
+
+
+def until_given_up(session: Session) -> None:
+    """After DISCARD, until the target has undone the move, or is gone, or has had time enough."""
+    deadline = Deadline.after(UNDO_TIMEOUT_S)
+    with contextlib.suppress(TransportError):
+        while session.channel.receive(deadline=deadline).message().get("type") not in _GIVEN_UP:
+            pass
 
 
 def bring_memory(

@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from migrate import messages
-from migrate.asking import bring_memory, not_seen_complete
+from migrate.asking import bring_memory, not_seen_complete, until_given_up
 from migrate.causes import event_of
-from migrate.errors import InDoubt, MoveRefused, RolledBack, name_peer
+from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack, name_peer
 from migrate.guards import CallOff, garbage_collector_off, signals_ignored
 from migrate.journal import Journal
 from migrate.links import Session
@@ -111,6 +111,7 @@ class SourceMove:
         self.verified: messages.Verified | None = None
         self.running: messages.Running | None = None
         self.prepared: messages.Prepared | None = None
+        self._given_up = False  # the target has said so
         self._actions = self._action_table()
 
     def _action_table(self) -> dict[Action, Callable[[], None]]:
@@ -187,6 +188,7 @@ class SourceMove:
     def _fail(self, error: BaseException) -> None:
         """Roll back where that is still ours to decide; raises what to tell the operator."""
         name_peer(error, self._session.entry.name)
+        self._given_up = isinstance(error, PeerFailed)
         if self._phase is Phase.DONE:
             self._observer.on_event(not_seen_complete(error, self._container.name))
             return
@@ -260,8 +262,10 @@ class SourceMove:
     def _send_discard(self) -> None:
         with contextlib.suppress(TransportError):
             message = messages.Discard(move_id=self._move_id, epoch=FIRST_EPOCH, why="the move was called off")
-            deadline = Deadline.after(DISCARD_TIMEOUT_S)
-            self._session.channel.send(Frame.control(message.to_message()), deadline=deadline)
+            self._session.channel.send(Frame.control(message.to_message()), deadline=Deadline.after(DISCARD_TIMEOUT_S))
+            if self._dump.was_frozen and not self._given_up:
+                until_given_up(self._session)
+        self._dump.announce()
 
     def _send_done(self) -> None:
         with contextlib.suppress(TransportError):

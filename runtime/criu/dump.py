@@ -27,7 +27,7 @@ from runtime.criu.filter.table import PageFilter
 from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, dump_request, external_mounts
 from runtime.criu.rpc import CriuSession
-from runtime.errors import CriuFailed
+from runtime.errors import CriuFailed, RuntimeFault
 from runtime.linux.rcu import ExpeditedGracePeriods
 from runtime.linux.tcp_table import TcpTable
 from runtime.linux.vfork import tasks_in_vfork
@@ -242,6 +242,18 @@ class HeldDump:
                 # Peers may have learned another way meanwhile: to a target that did not get it.
                 self._network.announce()
             self._frozen = False
+
+    @property
+    def was_frozen(self) -> bool:
+        return "freeze" in self.marks
+
+    def announce(self) -> None:
+        """After ``rollback``, when the target answers for the address no more: it may have done so after we had taken
+        the container's frames back, and whoever heard that would go on sending there."""
+        if self.was_frozen and self.container.spec.network is not None:
+            with contextlib.suppress(RuntimeFault, OSError), self._network:
+                self._network.open_inside(self.container.state.init_pid, self.container.spec.network)
+                self._network.announce()
 
     def close(self) -> None:
         if self._session is not None:

@@ -66,7 +66,7 @@ def main(container: str, target: str, mode: Any, when: str) -> int:
         channel: Any = CorruptingChannel(session.channel, after_commit=when == "after")
         return replace(session, channel=channel)
 
-    options = MoveOptions(mode=mode, transport="stream", allow_postcopy=True, verify=True)
+    options = MoveOptions(mode=mode, transport="stream", allow_postcopy=True, verify=True, compress="none")
     try:
         move(load_host_config(), container, target, options, _Keeping(), connecting)
     except Exception as error:
