@@ -1,8 +1,8 @@
-"""The agent: `cmigrate serve`. Takes connections and gives each a fresh process of its own.
+"""The agent: `cmigrate serve`. Takes connections and gives each a process of its own.
 
 A session enters namespaces, starts CRIU and may be killed at any moment; none of that may touch another session. The
-agent itself only accepts, starts, reaps. `python -m migrate.serve FD` is such a session process: it does the TLS
-handshake on the socket it inherits, so that a silent client keeps nobody waiting.
+agent itself only accepts, forks, reaps: a session's process has everything imported from the start. It is called
+SESSION_COMM and does the TLS handshake on the socket it inherits, so that a silent client keeps nobody waiting.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from types import FrameType
 
 from migrate.errors import MigrateError
@@ -26,6 +25,7 @@ from migrate.recover import recover
 from migrate.session import Dispatcher
 from migrate.wiring import register_handlers
 from runtime.errors import RuntimeFault
+from runtime.forked import Forked, fork
 from runtime.host import HostConfig, load_host_config
 from transport.api import Channel, Deadline, Peer, TransportError
 from transport.local import from_stdio
@@ -33,6 +33,8 @@ from transport.tcp import accept, listen
 from transport.tls import HANDSHAKE_S, server_handshake
 
 MAX_SESSIONS = 32
+SESSION_COMM = "cmig-session"
+"""What a session's process is called; its arguments are the agent's."""
 GRACE_S = 10.0
 """How long sessions may take to undo what they were at when the agent is told to end."""
 
@@ -96,15 +98,13 @@ class Agent:
         port: int,
         max_sessions: int = MAX_SESSIONS,
         grace_s: float = GRACE_S,
-        session_argv: Callable[[int], list[str]] | None = None,
     ) -> None:
         self._host = host
         self._listen_on = listen_on
         self._port = port
         self._max_sessions = max_sessions
         self._grace_s = grace_s
-        self._session_argv = session_argv or own_session_argv
-        self._sessions: list[subprocess.Popen[bytes]] = []
+        self._sessions: list[Forked] = []
         self._ending = False
 
     def run(self) -> None:
@@ -151,23 +151,21 @@ class Agent:
             return
         with sock:
             try:
-                session = subprocess.Popen(
-                    self._session_argv(sock.fileno()),
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=[sock.fileno()],
-                    env={**os.environ, "CMIGRATE_CONFIG": str(self._host.config_dir)},
-                    # What reaches the agent from a terminal is the agent's to pass on.
-                    start_new_session=True,
-                )
+                session = fork(lambda: self._serve(sock), keep=[sock.fileno()], comm=SESSION_COMM)
             except OSError as error:
                 say(f"no session could be started: {error}")
             else:
                 self._sessions.append(session)
 
+    def _serve(self, sock: socket.socket) -> int:
+        """In the session's process. The configuration is read anew: agents run for long."""
+        os.environ["CMIGRATE_CONFIG"] = str(self._host.config_dir)
+        return 0 if serve_socket(sock.detach(), load_host_config(self._host.config_dir)) else 1
+
     def _reap(self) -> None:
         for session in [session for session in self._sessions if session.poll() is not None]:
             self._sessions.remove(session)
-            if session.returncode < 0:
+            if session.returncode is not None and session.returncode < 0:
                 say(f"session process {session.pid} was killed by signal {-session.returncode}")
 
     def _end_sessions(self) -> None:
@@ -181,11 +179,6 @@ class Agent:
                 say(f"session process {session.pid} did not end within {self._grace_s:g} s and is killed")
                 session.kill()
                 session.wait()
-
-
-def own_session_argv(fd: int) -> list[str]:
-    # -P: nothing in the current directory may be taken for one of our packages.
-    return [sys.executable, "-P", "-m", "migrate.serve", str(fd)]
 
 
 @contextlib.contextmanager
@@ -213,15 +206,3 @@ def notify(state: str) -> None:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock, contextlib.suppress(OSError):
         sock.sendto(state.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
-
-
-def main(arguments: list[str]) -> int:
-    """A session process: the one argument is the descriptor of its connection."""
-    with contextlib.suppress(KeyboardInterrupt):
-        host = load_host_config(Path(os.environ["CMIGRATE_CONFIG"]))
-        return 0 if serve_socket(int(arguments[0]), host) else 1
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

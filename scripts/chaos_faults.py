@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from migrate.serve import SESSION_COMM
 from tests.support.lab import TwoHosts
 from tests.support.netns import in_netns
 
@@ -26,9 +27,9 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
 _IFF_UP = 1
 _IFREQ = struct.Struct("16sH22x")
 
-# Who is killed, by what is among the arguments, on which side.
+# Who is killed, by what is among the arguments, on which side. A session of an agent is named after its process' name.
 VICTIMS: dict[str, tuple[str, Callable[[list[str]], bool]]] = {
-    "agent": ("target", lambda argv: "migrate.serve" in argv or "--stdio" in argv),
+    "agent": ("target", lambda argv: argv[0] == SESSION_COMM or "--stdio" in argv),
     "criu-source": ("source", lambda argv: "swrk" in argv or "criu:" in " ".join(argv).split()),
     "criu-target": ("target", lambda argv: "swrk" in argv or "criu:" in " ".join(argv).split()),
     "sshd": ("target", lambda argv: argv[0].startswith("sshd: ") and "[listener]" not in argv[0]),
@@ -190,6 +191,8 @@ def _kill(hosts: TwoHosts, host: str, is_one: Callable[[list[str]], bool], most:
         with contextlib.suppress(OSError):
             text = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
             argv = text.rstrip("\0").split("\0")
+            if (comm := Path(f"/proc/{pid}/comm").read_text().strip()) == SESSION_COMM:
+                argv = [comm]
             if argv[0] and is_one(argv) and os.stat(f"/proc/{pid}/ns/net").st_ino == own:
                 os.kill(pid, signal.SIGKILL)
                 hit.append(" ".join(argv)[-60:])

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from migrate.serve import SESSION_COMM
 from tests.support.lab import HOSTS, TOP, Running, TwoHosts, nothing_left_on
 from tests.support.services import Memory
 
@@ -282,7 +283,13 @@ CASES = [
 def sessions_on(hosts: TwoHosts, host: str) -> list[int]:
     """Processes of the agent that talk with a peer at the moment: of either transport."""
     lines = [line.split() for line in hosts.picture(host)["process"]]
-    return [int(pid) for pid, *words in lines if "migrate.serve" in words or "--stdio" in words]
+    return [int(pid) for pid, *words in lines if "--stdio" in words or is_session(int(pid))]
+
+
+def is_session(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip() == SESSION_COMM
+    return False
 
 
 @pytest.mark.parametrize(("moment", "mode", "transport"), CASES)
