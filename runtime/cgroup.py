@@ -372,11 +372,12 @@ def _make_directory(path: Path) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
             return
-        except FileNotFoundError:
-            continue  # the last container of another command went, and the parent with it
         except OSError as error:
-            raise KernelCallFailed("mkdir", str(path), error.errno or 0) from error
-    raise KernelCallFailed("mkdir", str(path), errno.ENOENT)
+            failed = error.errno or 0
+            # The last container of another command went, and the parent with it; or it is there, and gone at a look.
+            if failed not in (errno.ENOENT, errno.EEXIST):
+                break
+    raise KernelCallFailed("mkdir", str(path), failed)
 
 
 def _remove_directory(path: Path) -> None:

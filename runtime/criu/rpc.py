@@ -17,6 +17,7 @@ from pycriu import rpc_pb2 as rpc
 
 from runtime.criu.binary import CriuBinary
 from runtime.errors import CriuFailed
+from runtime.linux.seqpacket import receive
 
 MAX_MESSAGE_BYTES = 1 << 20
 
@@ -70,7 +71,7 @@ class CriuSession:
         """The next response or notification. Raises CriuFailed when CRIU is gone or silent for too long."""
         self._sock.settimeout(timeout_s)
         try:
-            data = self._sock.recv(MAX_MESSAGE_BYTES)
+            data, _descriptors = receive(self._sock, MAX_MESSAGE_BYTES)
         except TimeoutError:
             raise CriuFailed(f"CRIU did not answer within {timeout_s:.0f} s") from None
         except OSError as error:

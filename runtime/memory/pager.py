@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from runtime.errors import ProgramFailed, RuntimeFault
+from runtime.linux.seqpacket import receive
 from runtime.memory.store import Store
 
 PROGRAM = Path(__file__).with_name("pager_main.py")
@@ -199,7 +200,7 @@ class Pager:
         self._control.settimeout(timeout_s)
         while True:
             try:
-                data = self._control.recv(MAX_MESSAGE_BYTES)
+                data, _descriptors = receive(self._control, MAX_MESSAGE_BYTES)
             except TimeoutError:
                 raise ProgramFailed(f"the pager did not say {event!r} within {timeout_s:g} s") from None
             except OSError:

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from runtime.errors import CorruptData, RuntimeFault
+from runtime.linux.seqpacket import receive
 from runtime.memory.filling import (
     FILL_BYTES,
     FILL_BYTES_AMID_FAULTS,
@@ -125,7 +126,7 @@ class PagerLoop:
 
     def _hear_caller(self) -> None:
         try:
-            data, descriptors, _flags, _address = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 253)
+            data, descriptors = receive(self._control, MAX_MESSAGE_BYTES, 253)
         except OSError:
             data, descriptors = b"", []
         if not data:

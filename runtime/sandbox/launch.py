@@ -18,6 +18,7 @@ from typing import Any
 from runtime.api import ContainerSpec
 from runtime.errors import ProgramFailed, RuntimeFault, WrongState
 from runtime.host import HostConfig
+from runtime.linux.seqpacket import receive
 
 MONITOR = Path(__file__).with_name("monitor.py")
 LAUNCH_TIMEOUT_S = 30.0
@@ -109,7 +110,7 @@ class MonitorLaunch:
     def expect(self, event: str) -> dict[str, Any]:
         """The monitor's next message, which must be ``event``; raises LaunchFailed with its reason otherwise."""
         try:
-            data = self._control.recv(MAX_MESSAGE_BYTES)
+            data, _descriptors = receive(self._control, MAX_MESSAGE_BYTES)
         except TimeoutError:
             raise ProgramFailed("the container's monitor does not answer", hint=f"see {self._output}") from None
         if not data:
