@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from migrate.wire import (
@@ -23,6 +24,28 @@ from migrate.wire import (
 from runtime.api import ContainerSpec, spec_from_json
 from runtime.criu.options import ExternalMount
 from runtime.errors import BadInput, CorruptData
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedPlace:
+    """A segment of shared memory that is not in CRIU's images: its number, and where a task (by its pid inside) maps
+    some of it."""
+
+    id: int
+    size_bytes: int
+    pid: int
+    address: int
+
+
+def _read_place(value: Any) -> SharedPlace:
+    if not isinstance(value, dict):
+        raise Unfit("not a segment of shared memory")
+    return SharedPlace(
+        id=integer(0, 2**32 - 1).read(value.get("id")),
+        size_bytes=integer(0, 2**56).read(value.get("size_bytes")),
+        pid=integer(1, 2**31 - 1).read(value.get("pid")),
+        address=integer(0, 2**57 - 1).read(value.get("address")),
+    )
 
 
 def _read_spec(value: Any) -> ContainerSpec:
@@ -75,6 +98,7 @@ Mounts = Annotated[
     tuple[ExternalMount, ...],
     list_of(Check(_read_mount, lambda mount: {"key": mount.key, "point": mount.point})),
 ]
+Shared = Annotated[tuple[SharedPlace, ...], list_of(Check(_read_place, asdict))]
 Pipes = Annotated[tuple[int, int], Check(_read_pipes, list)]
 Lines = Annotated[tuple[str, ...], list_of(text(MAX_TEXT), 64)]
 FindingList = Annotated[tuple[Mapping[str, str], ...], list_of(Check(_read_finding, dict), 256)]

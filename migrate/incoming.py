@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from migrate import messages
-from migrate.errors import ProtocolViolation
+from migrate.errors import MoveRefused, ProtocolViolation
 from migrate.memory_target import PageSink
 from migrate.packing import unpacking
+from migrate.shared_source import SHARED_COMPLETE
+from migrate.shared_target import SharedTarget
 from migrate.verify_target import ExpectedMemory
 from runtime.criu.images import ImageSetWriter
 from runtime.criu.page_protocol import PAGE_BYTES
@@ -35,6 +37,7 @@ class Incoming:
         images: Path,
         log: Path,
         pages: PageSink,
+        shared: SharedTarget | None,
         expected: ExpectedMemory | None,
         deadline: Callable[[], Deadline],
         on_frozen: Callable[[], None],
@@ -45,6 +48,7 @@ class Incoming:
         self._sinks = [TreeSink(root) for root in trees]
         self._image_files = ImageSetWriter(images)
         self._pages = pages
+        self._shared = shared
         self._expected = expected
         self._space: SpaceId | None = None
         self._log = log
@@ -61,6 +65,7 @@ class Incoming:
             "space": self._open_space,
             "pages": self._receive_pages,
             "memory": self._receive_memory,
+            "shared": self._receive_shared,
             "remote": self._receive_remote,
             "hashes": self._receive_hashes,
         }
@@ -166,6 +171,24 @@ class Incoming:
         size = sum(pages for _address, pages in runs) * PAGE_BYTES
         self._pages.memory(pid, runs, zeros, unpacking(message, size, self._receive_whole))
 
+    def _receive_shared(self, message: Mapping[str, Any]) -> None:
+        if self._shared is None:
+            raise ProtocolViolation("shared memory came, and in this mode image files hold it")
+        number = message.get("id")
+        if not isinstance(number, int) or not 0 <= number < 2**32:
+            raise ProtocolViolation("shared memory does not fit")
+        runs, zeros = ([(run[0], run[1]) for run in _tuples(message.get(key), 2)] for key in ("runs", "zeros"))
+        size = sum(pages for _offset, pages in runs) * PAGE_BYTES
+        self._shared.receive(number, runs, zeros, unpacking(message, size, self._receive_whole))
+
+    def until_shared_complete(self) -> None:
+        """What changed of shared memory last, which follows the frozen state."""
+        message = self.until_control()
+        if message.get("type") == messages.Discard.TYPE:
+            raise MoveRefused(f"called off by the source: {messages.Discard.parse(message).why}")
+        if message.get("type") != SHARED_COMPLETE:
+            raise ProtocolViolation(f"the end of shared memory was due, and {str(message.get('type'))[:40]!r} came")
+
     def _receive_remote(self, message: Mapping[str, Any]) -> None:
         """Pages that stay on the source until they are wanted, and pages that came as memory and are not lazy."""
         self._pages.remote(*memory_of(message, "runs", "present"))
@@ -182,6 +205,8 @@ class Incoming:
 
     def close(self) -> None:
         self._pages.close()
+        if self._shared is not None:
+            self._shared.close()
         for sink in self._sinks:
             with contextlib.suppress(OSError):
                 sink.close()

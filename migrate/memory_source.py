@@ -16,10 +16,11 @@ from pathlib import Path
 from migrate.deferral import Deferral, Split
 from migrate.messages import HELD_FLAG
 from migrate.outgoing import PAGE_BYTES, Outgoing, PageSender
+from migrate.shared_source import SharedSource
 from runtime.criu.filter.table import SHORTEST_BYTES, PageFilter
 from runtime.criu.page_protocol import PE_LAZY, PE_PRESENT, SpaceId
 from runtime.criu.pages import PageServer, RunReader
-from runtime.memory.api import DirtyTracker, ProcessScan, TrackerFacts
+from runtime.memory.api import DirtyTracker, ProcessScan, Scan, TrackerFacts
 from runtime.memory.maps import Kind, parse_mappings
 from runtime.memory.ranges import EMPTY, PageRanges
 from runtime.memory.reader import PIECE_BYTES, MemoryReader, ProcessEnded, Range
@@ -46,6 +47,8 @@ class LiveMemory:
         """By pid inside the container: pages of which the target has the present content."""
         self.hidden: dict[int, PageRanges] = {}
         """Of those, the ones that CRIU does not get to see."""
+        self.shared: SharedSource | None = None
+        """None: shared memory is in CRIU's images."""
         self.keep_back = False
         """Post-copy: what the target lacks at the end stays here until it asks."""
         self.kept: dict[int, PageRanges] = {}
@@ -63,38 +66,60 @@ class LiveMemory:
     @property
     def dirty_bytes(self) -> int:
         """What the last scan found written since the one before."""
-        return self._split.dirty_bytes
+        return self._split.dirty_bytes + (self.shared.dirty_bytes if self.shared else 0)
 
     @property
     def hot_bytes(self) -> int:
         """Of these, what the scan before had found as well."""
-        return self._split.hot_bytes
+        return self._split.hot_bytes + (self.shared.hot_bytes if self.shared else 0)
 
     @property
     def pending_bytes(self) -> int:
         """What the target lacks, with what was kept back."""
-        return self._split.pending_bytes
+        return self._split.pending_bytes + (self.shared.pending_bytes if self.shared else 0)
+
+    def take_shared_apart(self, page_filter: PageFilter | None, *, in_rounds: bool) -> None:
+        """The target can: shared memory goes there by our reader, ``in_rounds`` or at the end, where CRIU can be kept
+        from looking at it. To be called before anything is scanned."""
+        if page_filter is not None and page_filter.loaded:
+            self.shared = SharedSource(out=self._out, in_rounds=in_rounds)
 
     def scan(self) -> None:
         """Find what was written since the last scan; from here on the target's copy of it is stale.
 
         A process that can not be tracked would go over whole in each round: CRIU's dump carries it.
         """
+        found = self._scan_private()
+        if self.shared is not None:
+            self.shared.scan(found.spaces)
+
+    def copy_frozen(self) -> None:
+        """Everything is frozen: private memory that the target lacks. Shared memory waits until nothing can change."""
+        self._scan_private()
+        self._send_private(defer_hot=False)
+
+    def _scan_private(self) -> Scan:
         dirty: dict[int, PageRanges] = {}
         existing: dict[int, PageRanges] = {}
-        for process in self._tracker.scan(self._pids()).processes:
+        found = self._tracker.scan(self._pids())
+        for process in found.processes:
             inside = pid_inside(process.pid)
             if inside and not process.shares_memory_with and not process.reason:
                 self._forget_stale(inside, process)
                 self._pid_of[inside] = process.pid
                 dirty[inside], existing[inside] = process.to_copy, process.existing
         self._split = self._deferral.scanned(dirty, existing)
+        return found
 
     def send(self, *, defer_hot: bool = False) -> int:
         """Copy what is pending, without hot pages if so told; a process that has ended meanwhile is left out.
 
         Bytes of memory looked at.
         """
+        shared = self.shared.send(defer_hot=defer_hot) if self.shared is not None else 0
+        return shared + self._send_private(defer_hot=defer_hot)
+
+    def _send_private(self, *, defer_hot: bool) -> int:
         wanted = self._split.to_send(defer_hot=defer_hot)
         for inside, ranges in wanted.items():
             self._copy(inside, self._pid_of[inside], ranges)
@@ -132,7 +157,8 @@ class LiveMemory:
                 dirty += process.to_copy.bytes
         self.fresh = known
         if page_filter is not None and usable:
-            page_filter.publish(hideable)
+            segments = self.shared.finish(scan.spaces) if self.shared is not None else ()
+            page_filter.publish(hideable, segments=segments)
         # Its marks would look like swapped pages to CRIU. Closing would do as well, but takes 25 ms for each GiB.
         self._tracker.clear_marks()
         return dirty
@@ -156,6 +182,8 @@ class LiveMemory:
     def close(self) -> None:
         """Nothing is tracked any more. Not for a blackout."""
         self._tracker.close()
+        if self.shared is not None:
+            self.shared.close()
 
     def _forget_stale(self, inside: int, process: ProcessScan) -> None:
         before = self.fresh.get(inside, EMPTY)

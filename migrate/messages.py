@@ -29,6 +29,7 @@ from migrate.fields import (
     Neighbours,
     Pipes,
     ProtocolNumber,
+    Shared,
     Spec,
     Standing,
     Text,
@@ -161,6 +162,7 @@ class Prepared(Message):
     move_id: MoveId
     versions: Versions = field(default_factory=dict)
     packing: Lines = ()
+    shared: Flag = False  # whether it can take shared memory apart from CRIU's images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +183,9 @@ class Holding(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenState(Message):
-    """The last message before the restore: everything has been sent. ``manifest`` are digests of what must be there."""
+    """The last message before the restore: everything has been sent. ``manifest`` are digests of what must be there.
+
+    ``shared`` is not in CRIU's images; ``shared_follows``: what changed of it last comes behind this message."""
 
     TYPE: ClassVar[str] = "frozen-state"
     mounts: Mounts
@@ -190,6 +194,8 @@ class FrozenState(Message):
     restarts: Count = 0
     manifest: Digests = field(default_factory=dict)
     neighbours: Neighbours = field(default_factory=dict)
+    shared: Shared = ()
+    shared_follows: Flag = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +362,7 @@ class Answer(Message):
     state: Standing
 
 
-BULK_TYPES = ("tree-changes", "image", "space", "pages", "memory", "remote", "hashes", "log")
+BULK_TYPES = ("tree-changes", "image", "space", "pages", "memory", "shared", "remote", "hashes", "log")
 MESSAGES: dict[str, type[Message]] = {
     kind.TYPE: kind
     for kind in (

@@ -15,6 +15,7 @@ from migrate import messages
 from migrate.asking import bring_memory, not_seen_complete, until_given_up
 from migrate.causes import event_of
 from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack, name_peer
+from migrate.frozen_state import send_frozen_state
 from migrate.guards import CallOff, garbage_collector_off, signals_ignored
 from migrate.journal import Journal
 from migrate.links import Session
@@ -156,6 +157,8 @@ class SourceMove:
         self._on(Event.START)
         self.prepared = self._hear(messages.Prepared)
         self._out.pace.packer.allow(self.prepared.packing)
+        if self._live is not None and self.prepared.shared:
+            self._live.take_shared_apart(self._filter, in_rounds=self._mode in ("precopy", "hybrid"))
         self._mark("files")
         self._on(Event.TARGET_PREPARED)
         with self._observer.blackout(), self._call_off.limited():
@@ -348,8 +351,7 @@ class SourceMove:
         self._mark("memory")
         # Our reader is several times faster than CRIU's way through pipes, which is left with what changes until CRIU
         # has seized the tasks: a system call that sleeps in the freezer goes on to its end then.
-        live.scan()
-        live.send()
+        live.copy_frozen()
 
     def _send_state(self) -> None:
         if self._verify:
@@ -364,15 +366,9 @@ class SourceMove:
             self.kept.announce(self._work.path)
         state = self._container.state
         self._out.log(self._log)
-        self._send(
-            messages.FrozenState(
-                mounts=self._dump.mounts,
-                pipes=self._dump.pipes,
-                started_at=state.started_at,
-                restarts=state.restarts,
-                neighbours=self._dump.neighbours,
-            )
-        )
+        shared = self._live.shared if self._live is not None else None
+        kept = self.kept is not None
+        send_frozen_state(self._out, self._dump, state, shared, channel_is_shared=kept, mark=self._mark)
 
     def _kill_copy(self) -> None:
         """The copy here is dead weight: kill it, remove what is left of it."""

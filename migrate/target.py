@@ -22,6 +22,7 @@ from migrate.postcopy_target import DEATH_RECORD, MISSING_MARK, RemoteFeed
 from migrate.report import MoveReport, Outcome, ReportedError, report_from_json
 from migrate.reports import ReportStore
 from migrate.session import Asked, package_version
+from migrate.shared_target import SharedTarget
 from migrate.target_machine import JOURNALED, Action, Event, Phase, step
 from migrate.verify_target import ExpectedMemory
 from runtime.container import Containers
@@ -74,6 +75,7 @@ class TargetMove:
         self._state: messages.FrozenState | None = None
         self._pager: Pager | None = None
         self._stores: StorePages | None = None
+        self._shared: SharedTarget | None = None
         self._running: messages.Running | None = None
         self._error: BaseException | None = None
         self._channel_is_clear = False
@@ -83,7 +85,7 @@ class TargetMove:
             Action.JOURNAL_RESERVED: self._journal_reserved,
             Action.RESERVE: self._reserve,
             Action.SEND_PREPARED: lambda: self._send(
-                messages.Prepared(move_id=move_id, versions=versions(), packing=WAYS)
+                messages.Prepared(move_id=move_id, versions=versions(), packing=WAYS, shared=self._shared is not None)
             ),
             Action.STORE: lambda: None,
             Action.VERIFY_AND_RESTORE: self._restore_and_hold,
@@ -167,6 +169,7 @@ class TargetMove:
             images=self._work.path,
             log=self._directory / "log.jsonl",
             pages=self._page_sink(),
+            shared=self._shared,
             expected=self._expected,
             deadline=lambda: Deadline.after(IDLE_TIMEOUT_S),
             on_frozen=self._hold_packets,
@@ -175,6 +178,7 @@ class TargetMove:
     def _page_sink(self) -> PageSink:
         if self._offer.mode == "stopcopy":
             return NoPages()
+        self._shared = SharedTarget(self._restore.memory_files)
         # Started now: in the blackout it only has to be told where the pages are.
         self._pager = Pager(self._containers.cgroup(self._spec.id).paths(), record=self._directory / DEATH_RECORD)
         self._stores = StorePages(
@@ -200,7 +204,12 @@ class TargetMove:
             self._expected.begin(self._work.path)
         self._restore.neighbours = self._state.neighbours
         self._bring_what_is_missing()
-        self._restore.restore(self._state.mounts, self._state.pipes, auto_dedup=not lazy, lazy=lazy)
+        files = self._shared.give_to_criu(self._work.path, self._state.shared) if self._shared is not None else {}
+        self._restore.restore(self._state.mounts, self._state.pipes, auto_dedup=not lazy, lazy=lazy, memory_files=files)
+        if self._state.shared_follows:
+            self._incoming.until_shared_complete()
+        if self._shared is not None:
+            self._shared.finish(self._state.shared, self._restore.tasks())
         if self._expected is not None:
             found = self._expected.compare(self._restore.tasks(), self._stores)
             move_id = self._offer.move_id

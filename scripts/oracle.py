@@ -1,6 +1,7 @@
 """What ``scripts/oracle`` runs: programs that know what they hold, moved there and back, asked after each move.
 
 sharing:   three processes that share memory in every way, forbidden, locked, huge pages and guards, 8 threads
+segments:  shared memory of every kind, holes, sizes that change, writes by descriptor
 churn:     memory that is mapped, moved, protected, given back and forked all the time
 redis:     a million keys and their digest, under redis-benchmark
 postgres:  pgbench, and the sums of its balances in one snapshot
@@ -22,12 +23,13 @@ from typing import Any
 
 from tests.support.lab import HOSTS, CommandFailed, Running, TwoHosts, lab_of_two_hosts, nothing_left_on
 from tests.support.loads import LoadedPostgres, LoadedRedis, SqliteWal
-from tests.support.oracle import Churn, Sharing
+from tests.support.oracle import Churn, Segments, Sharing
 from tests.support.services import Service
 
 MODES = ("stopcopy", "diskless", "precopy", "postcopy", "hybrid")
 WORKLOADS: dict[str, Callable[[], Service]] = {
     "sharing": Sharing,
+    "segments": Segments,
     "churn": lambda: Churn(48),
     "redis": LoadedRedis,
     "postgres": LoadedPostgres,

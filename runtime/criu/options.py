@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,12 @@ def restore_request(
     root: str,
     mounts: Sequence[ExternalMount],
     inherited: Sequence[tuple[int, int]],
+    memory_files: Mapping[str, int],
     auto_dedup: bool = False,
     lazy: bool = False,
 ) -> Any:
-    """RESTORE into a prepared sandbox. ``inherited`` are (inode of the source's log pipe, descriptor in CRIU)."""
+    """RESTORE into a prepared sandbox. ``inherited`` are (inode of the source's log pipe, descriptor in CRIU),
+    ``memory_files`` descriptors there of shared memory by their keys (segments.py)."""
     request = rpc.criu_req(type=rpc.RESTORE)
     options = request.opts
     _common(options, images_fd, "restore.log")
@@ -116,4 +118,6 @@ def restore_request(
         options.ext_mnt.add(key=mount.key, val=mount_source(spec, mount.key, run_dir))
     for inode, descriptor in inherited:
         options.inherit_fd.add(key=f"pipe:[{inode}]", fd=descriptor)
+    for key, descriptor in memory_files.items():
+        options.inherit_fd.add(key=key, fd=descriptor)
     return request

@@ -24,6 +24,7 @@ from runtime.criu.locks import take_lost_locks
 from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, restore_request
 from runtime.criu.rpc import CriuSession
+from runtime.criu.segments import ANONYMOUS_NAME
 from runtime.errors import CriuFailed
 from runtime.linux.rcu import ExpeditedGracePeriods
 from runtime.memory.lazy import lazy_restore_allowed
@@ -37,6 +38,8 @@ from runtime.wayback import lead_back
 
 RESTORE_TIMEOUT_S = 600.0
 RELEASE_TIMEOUT_S = 60.0
+# So many segments of shared memory can be given to CRIU as they are; a program seldom has more than two large ones.
+MEMORY_FILES = 8
 
 
 class HeldRestore:
@@ -60,6 +63,8 @@ class HeldRestore:
         """Address -> MAC of what the container knew where it was; to be set before ``restore``."""
         self.way_back = ""
         """MAC of the bridge that connections shall go on through (wayback.py); to be set before ``prepare``."""
+        self.memory_files: tuple[int, ...] = ()
+        """After ``prepare``: empty memory files that CRIU has as well, for ``restore`` to name. This object's."""
         self._launch: MonitorLaunch | None = None
         self._session: CriuSession | None = None
         self._sandbox: dict[str, Any] = {}
@@ -97,7 +102,10 @@ class HeldRestore:
             criu_argv=self._criu.argv,
         )
         try:
-            self._launch = MonitorLaunch(orders, "restore", (theirs.fileno(),))
+            for _ in range(MEMORY_FILES):
+                # Named as CRIU would name what it made for anonymous shared memory.
+                self.memory_files += (os.memfd_create(ANONYMOUS_NAME, os.MFD_CLOEXEC),)
+            self._launch = MonitorLaunch(orders, "restore", (theirs.fileno(), *self.memory_files))
         finally:
             theirs.close()
         self._session = CriuSession(ours)
@@ -125,10 +133,12 @@ class HeldRestore:
         *,
         auto_dedup: bool = False,
         lazy: bool = False,
+        memory_files: Mapping[str, int] | None = None,
     ) -> None:
         """Bring everything back up to the last moment before an instruction runs. Raises CriuFailed.
 
         ``lazy``: a pager listens in ``images`` and has the private memory (runtime/memory/pager.py).
+        ``memory_files``: by the keys of segments.py, the index in the attribute of that name.
         """
         if self._session is None or self._launch is None:
             raise CriuFailed("the restore was not prepared")
@@ -140,7 +150,7 @@ class HeldRestore:
         images_fd = os.open(self._images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             with lazy_restore_allowed() if lazy else contextlib.nullcontext():
-                self._restore(images_fd, mounts, pipes, auto_dedup, lazy)
+                self._restore(images_fd, mounts, pipes, auto_dedup, lazy, memory_files or {})
             take_lost_locks(self._images, self.tasks())
         finally:
             os.close(images_fd)
@@ -152,6 +162,7 @@ class HeldRestore:
         pipes: tuple[int, int],
         auto_dedup: bool,
         lazy: bool,
+        memory_files: Mapping[str, int],
     ) -> None:
         assert self._session is not None
         request = restore_request(
@@ -161,6 +172,7 @@ class HeldRestore:
             root=self._sandbox["root"],
             mounts=mounts,
             inherited=tuple(zip(pipes, self._sandbox["log_fds"], strict=True)),
+            memory_files={key: self._sandbox["memory_fds"][index] for key, index in memory_files.items()},
             auto_dedup=auto_dedup,
             lazy=lazy,
         )
@@ -255,7 +267,14 @@ class HeldRestore:
         self._close_network()
         self._containers.clean_up(self.spec.id)
 
+    def close_memory_files(self) -> None:
+        """Those that CRIU took live on in what maps them."""
+        for fd in self.memory_files:
+            os.close(fd)
+        self.memory_files = ()
+
     def _close_network(self) -> None:
+        self.close_memory_files()
         self._network.close()
         if self._hold is not None:
             self._hold.close()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 from runtime.memory.ranges import EMPTY, PageRanges
+from runtime.memory.tasks import AddressSpace
 
 TrackerKind = Literal["uffd-wp", "hash", "still"]
 
@@ -82,12 +83,14 @@ class Scan:
     """``processes`` in order of pid. ``gone``: processes of the last scan that have ended.
 
     ``segments``: shared memory that any of the processes maps, when the tracker was asked to look at it.
+    ``spaces``: what they mapped when they were looked at, of those that have memory of their own.
     """
 
     processes: tuple[ProcessScan, ...]
     gone: tuple[int, ...]
     took_ms: float
     segments: tuple[SegmentScan, ...] = ()
+    spaces: tuple[AddressSpace, ...] = ()
 
     @property
     def dirty_pages(self) -> int:

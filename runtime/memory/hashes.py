@@ -91,10 +91,14 @@ class Comparer:
     def differing(self, fd: int, existing: PageRanges, buffer: bytearray) -> PageRanges:
         """Existing pages that differ from their copies or were never copied; of others than these no copy is known
         afterwards. Raises PermissionError. ``buffer`` is scratch room of a few MiB."""
+        return self.differing_in(_read_all(fd, existing, buffer))
+
+    def differing_in(self, pieces: Iterable[tuple[int, memoryview]]) -> PageRanges:
+        """``differing`` of pages that somebody else reads: addresses and contents, ascending."""
         kept = PageHashes()
         equal_blocks: dict[int, int] = {}
         found: list[Bounds] = [EMPTY.bounds]
-        for address, view in _read_all(fd, existing, buffer):
+        for address, view in pieces:
             known = self._copied.get(address, max(len(view) // PAGE_BYTES, 1))
             same = self._compare(address, view, known, equal_blocks)
             kept.put(address, np.where(same, known, np.uint64(_UNKNOWN)))

@@ -77,7 +77,7 @@ class MemoryReader:
             raise ValueError(f"{sum(sizes)} bytes do not fit into {len(view)}")
         unreadable: list[Range] = []
         position = 0
-        for batch in _batches(ranges):
+        for batch in cut_into_batches(ranges):
             length = sum(size for _address, size in batch)
             self._read_batch(batch, view[position : position + length], unreadable)
             position += length
@@ -136,15 +136,15 @@ class MemoryReader:
 
         Pages that cannot be read are in neither. The bytes are packed, in order, and good until the next.
         """
-        for batch in _batches(ranges, len(buffer)):
+        for batch in cut_into_batches(ranges, len(buffer)):
             length = sum(size for _address, size in batch)
             view = buffer[:length]
             unreadable = self.read_into(batch, view)
-            filled, packed, zeros = _without_zeros(batch, view)
+            filled, packed, zeros = without_zeros(batch, view)
             yield filled, packed, _without(zeros, unreadable) if unreadable else zeros
 
 
-def _without_zeros(batch: list[Range], view: memoryview) -> tuple[list[Range], memoryview, list[Range]]:
+def without_zeros(batch: list[Range], view: memoryview) -> tuple[list[Range], memoryview, list[Range]]:
     runs = nonzero_runs(view)
     if len(runs) == 1 and runs[0] == (0, len(view) // PAGE_BYTES):
         return batch, view, []
@@ -195,7 +195,7 @@ def _pieces(ranges: Sequence[Range], piece_bytes: int = PIECE_BYTES) -> Iterator
             yield address + offset, min(piece_bytes, size - offset)
 
 
-def _batches(ranges: Sequence[Range], limit_bytes: int = PIECE_BYTES) -> Iterator[list[Range]]:
+def cut_into_batches(ranges: Sequence[Range], limit_bytes: int = PIECE_BYTES) -> Iterator[list[Range]]:
     """At most ``limit_bytes`` and MAX_VECTORS ranges each; ranges are cut where needed."""
     batch: list[Range] = []
     room = limit_bytes

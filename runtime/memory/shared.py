@@ -46,7 +46,7 @@ class SharedMemory:
         path = f"/proc/{tid}/map_files/{mapping.start:x}-{mapping.end:x}"
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            existing = PageRanges.from_spans(_data_in(fd))
+            existing = PageRanges.from_spans(data_in(fd))
             comparer = self._comparers.setdefault(segment, Comparer())
             dirty = comparer.differing(fd, existing, self._buffer)
         finally:
@@ -58,7 +58,7 @@ def segment_of(mapping: Mapping) -> Segment:
     return Segment(device=mapping.device, inode=mapping.inode, name=mapping.name)
 
 
-def _data_in(fd: int) -> Iterator[tuple[int, int]]:
+def data_in(fd: int) -> Iterator[tuple[int, int]]:
     """Where the file is not a hole, in whole pages."""
     end = 0
     while True:

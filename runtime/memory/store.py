@@ -31,9 +31,10 @@ class Store:
     ``reserve`` of ranges that do not overlap.
     """
 
-    def __init__(self, name: str) -> None:
-        """``name`` shows in /proc/PID/fd and nowhere else."""
-        self._fd = os.memfd_create(f"cmigrate-store-{name}"[:200], os.MFD_CLOEXEC)
+    def __init__(self, name: str, *, fd: int | None = None) -> None:
+        """``name`` shows in /proc/PID/fd and nowhere else. ``fd``: an empty memory file to use, which is closed in the
+        end."""
+        self._fd = os.memfd_create(f"cmigrate-store-{name}"[:200], os.MFD_CLOEXEC) if fd is None else fd
         # Several, because several streams may receive at once; taking from a list is one step to other threads.
         self._scratch: list[bytearray] = []
 

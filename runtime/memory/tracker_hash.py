@@ -61,7 +61,8 @@ class HashTracker:
             del self._tasks[pid]
         segments = self._shared.scan(spaces) if self._shared is not None else ()
         took_ms = (time.perf_counter() - begin) * 1e3
-        return Scan(processes=tuple(found), segments=segments, gone=tuple(sorted(known - alive)), took_ms=took_ms)
+        gone = tuple(sorted(known - alive))
+        return Scan(processes=tuple(found), segments=segments, gone=gone, took_ms=took_ms, spaces=tuple(spaces))
 
     def copied(self, space: int | Segment, address: int, data: memoryview) -> None:
         if isinstance(space, Segment):

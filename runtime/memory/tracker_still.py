@@ -14,7 +14,7 @@ from runtime.linux.probes import has_pagemap_scan
 from runtime.memory.api import ProcessScan, Scan, Segment, TrackerFacts
 from runtime.memory.existing import existing_pages, private_mappings
 from runtime.memory.ranges import PageRanges
-from runtime.memory.tasks import owner_of_memory, read_address_space
+from runtime.memory.tasks import AddressSpace, owner_of_memory, read_address_space
 
 
 class StillTracker:
@@ -23,6 +23,7 @@ class StillTracker:
     def __init__(self) -> None:
         self._use_scan = has_pagemap_scan()
         self._existing: dict[int, PageRanges] = {}
+        self._spaces: dict[int, AddressSpace] = {}
         self._copied: dict[int, list[tuple[int, int]]] = defaultdict(list)
 
     def arm(self, pids: Iterable[int]) -> None:
@@ -35,7 +36,8 @@ class StillTracker:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if process := self._look_at(pid):
                     found.append(process)
-        return Scan(processes=tuple(found), gone=(), took_ms=(time.perf_counter() - begin) * 1e3)
+        spaces = tuple(self._spaces[process.pid] for process in found if process.pid in self._spaces)
+        return Scan(processes=tuple(found), gone=(), took_ms=(time.perf_counter() - begin) * 1e3, spaces=spaces)
 
     def _look_at(self, pid: int) -> ProcessScan | None:
         if pid not in self._existing:
@@ -44,6 +46,7 @@ class StillTracker:
             space = read_address_space(pid)
             if space is None:
                 return None
+            self._spaces[pid] = space
             self._existing[pid] = existing_pages(space, private_mappings(space), use_scan=self._use_scan)
         existing = self._existing[pid]
         return ProcessScan(pid=pid, existing=existing, dirty=existing - PageRanges.from_spans(self._copied[pid]))

@@ -37,6 +37,7 @@ MAX_MESSAGE_BYTES = 1 << 20
 # Descriptor numbers inside the restoring CRIU; runtime/criu/restore.py names them in its request.
 CRIU_RPC_FD = 3
 CRIU_LOG_FDS = (10, 11)
+CRIU_MEMORY_FDS = range(12, 32)
 
 
 class LaunchFailed(Exception):
@@ -50,7 +51,7 @@ class LaunchFailed(Exception):
 class Monitor:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
-        message, fds, _flags, _address = socket.recv_fds(control, MAX_MESSAGE_BYTES, 4)
+        message, fds, _flags, _address = socket.recv_fds(control, MAX_MESSAGE_BYTES, 1 + len(CRIU_MEMORY_FDS))
         self._config: dict[str, Any] = json.loads(message)
         self._passed_fds = fds
         self._pipes = [os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)]
@@ -146,15 +147,16 @@ class Monitor:
 
     def _restore(self) -> None:
         """Start ``criu swrk`` as a child, in the container's cgroups; the caller talks to it and says how it went."""
-        (rpc,) = self._passed_fds
+        rpc, *memory = self._passed_fds
         criu = os.fork()
         if criu == 0:
             try:
                 self._control.close()
-                self._exec_criu(rpc)
+                self._exec_criu(rpc, memory)
             finally:
                 os._exit(127)
-        os.close(rpc)
+        for fd in self._passed_fds:
+            os.close(fd)
         reader_inodes = [os.fstat(reader).st_ino for reader, _writer in self._pipes]
         self._tell(
             {
@@ -162,6 +164,7 @@ class Monitor:
                 "criu_pid": criu,
                 "root": f"{self._config['run_dir']}/root",
                 "log_fds": list(CRIU_LOG_FDS),
+                "memory_fds": list(CRIU_MEMORY_FDS[: len(memory)]),
                 "pipes": reader_inodes,
             }
         )
@@ -173,7 +176,7 @@ class Monitor:
         self._init_pid = int(message["init_pid"])
         os.waitpid(criu, 0)
 
-    def _exec_criu(self, rpc: int) -> None:
+    def _exec_criu(self, rpc: int, memory: list[int]) -> None:
         init.join_cgroups(self._config["cgroup_paths"])
         # Tasks that CRIU restores with cgroups ignored stay in its cgroup and its cgroup namespace: the container's.
         calls.unshare(calls.CLONE_NEWCGROUP)
@@ -181,11 +184,14 @@ class Monitor:
         log = os.open(self._config["criu_output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         wanted = {0: null, 1: log, 2: log, CRIU_RPC_FD: rpc}
         wanted |= {number: writer for number, (_reader, writer) in zip(CRIU_LOG_FDS, self._pipes, strict=True)}
+        wanted |= dict(zip(CRIU_MEMORY_FDS, memory, strict=False))
         # First out of the way of the wanted numbers, then onto them.
         moved = {number: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 64) for number, fd in wanted.items()}
+        for fd in (rpc, *memory):
+            os.close(fd)
         for number, fd in moved.items():
             os.dup2(fd, number)
-        os.closerange(max(CRIU_LOG_FDS) + 1, 4096)
+        os.closerange(max(wanted) + 1, 4096)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **self._config["criu_environment"]}
         argv = [*self._config["criu_argv"], "swrk", str(CRIU_RPC_FD)]

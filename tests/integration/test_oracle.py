@@ -3,14 +3,14 @@
 import pytest
 
 from tests.support.lab import HOSTS, TwoHosts, nothing_left_on
-from tests.support.oracle import Churn, Oracle, Sharing
+from tests.support.oracle import Churn, Oracle, Segments, Sharing
 
 MODES = ("stopcopy", "diskless", "precopy")
 
 pytestmark = pytest.mark.timeout(150)
 
 
-@pytest.mark.parametrize("make", [Sharing, lambda: Churn(32)], ids=["sharing", "churn"])
+@pytest.mark.parametrize("make", [Sharing, Segments, lambda: Churn(32)], ids=["sharing", "segments", "churn"])
 def test_memory_is_exact_after_a_move_in_every_mode(two_hosts: TwoHosts, make: type[Sharing]) -> None:
     service: Oracle = make()
     with nothing_left_on(two_hosts, *HOSTS):

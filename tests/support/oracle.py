@@ -63,3 +63,10 @@ class Sharing(Oracle):
 
     def __init__(self) -> None:
         super().__init__("sharing", "sharing.py")
+
+
+class Segments(Oracle):
+    """Shared memory of every kind, also of those that a move must leave to CRIU, written to in every way."""
+
+    def __init__(self) -> None:
+        super().__init__("segments", "segments.py")

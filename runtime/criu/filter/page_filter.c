@@ -4,7 +4,8 @@
  *
  * CRIU asks which pages of a task exist with ioctl(PAGEMAP_SCAN) on /proc/PID/pagemap. For ranges listed in a table
  * that the starter of CRIU fills, this object answers "nothing here", without asking the kernel; what remains is asked
- * for piece by piece. CRIU then neither splices nor sends those pages.
+ * for piece by piece. CRIU then neither splices nor sends those pages. Of shared memory it asks lseek(SEEK_DATA): where
+ * such a segment is listed, there is no data.
  *
  * The table is a memory file, handed over as a descriptor number in the environment and mapped before main(). It counts
  * only once `published` is set, which happens while CRIU waits for an answer to its notification. Until then, and for
@@ -42,12 +43,16 @@ struct task {
 	uint64_t pid, first, count; /* of `count` ranges, sorted, from index `first` on */
 };
 
-/* table.py writes the same; the last six are written here. */
+struct segment {
+	uint64_t inode, major, minor, system_v; /* System V segments are numbered by themselves, on the same device */
+};
+
+/* table.py writes the same; the last seven are written here. */
 struct table {
 	uint64_t magic, capacity, published, tasks;
-	uint64_t ranges_at; /* in bytes from the beginning; the tasks follow this header */
-	uint64_t options;
-	uint64_t loaded, calls, filtered, scans, removed_bytes, skipped_dumps;
+	uint64_t ranges_at; /* in bytes from the beginning; the tasks follow this header, then the segments */
+	uint64_t options, segments;
+	uint64_t loaded, calls, filtered, scans, removed_bytes, skipped_dumps, hidden_segments;
 };
 
 #define WITHOUT_CONNTRACK 1
@@ -65,6 +70,8 @@ static struct table *table;
 #define SYS_READLINKAT 267
 #define SYS_SENDMSG 46
 #define SYS_GETSOCKOPT 55
+#define SYS_LSEEK 8
+#define SYS_STATX 332
 
 static long kernel_call(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -86,6 +93,8 @@ static long kernel_call(long number, long a, long b, long c, long d, long e, lon
 #define SYS_READLINKAT 78
 #define SYS_SENDMSG 211
 #define SYS_GETSOCKOPT 209
+#define SYS_LSEEK 62
+#define SYS_STATX 291
 
 static long kernel_call(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -177,14 +186,11 @@ __attribute__((constructor)) static void begin(int argc, char **argv, char **env
 		*kept = 0;
 }
 
-/* The task whose /proc/PID/pagemap this descriptor is, if it is in the table. */
-static const struct task *task_of(int fd)
+/* What a descriptor refers to, its beginning at least; 0 when it can not be told. */
+static int path_of(int fd, char *path, long room)
 {
-	char link[32] = "/proc/self/fd/", digits[12], path[64];
-	const struct task *tasks = (const struct task *)(table + 1);
+	char link[32] = "/proc/self/fd/", digits[12];
 	int at = 14, count = 0;
-	const char *text;
-	uint64_t pid, index;
 	long length;
 
 	for (unsigned int rest = (unsigned int)fd; !count || rest; rest /= 10)
@@ -192,10 +198,23 @@ static const struct task *task_of(int fd)
 	while (count)
 		link[at++] = digits[--count];
 	link[at] = 0;
-	length = kernel_call(SYS_READLINKAT, -100, (long)link, (long)path, sizeof(path) - 1, 0, 0);
+	length = kernel_call(SYS_READLINKAT, -100, (long)link, (long)path, room - 1, 0, 0);
 	if (length <= 0)
 		return 0;
 	path[length] = 0;
+	return 1;
+}
+
+/* The task whose /proc/PID/pagemap this descriptor is, if it is in the table. */
+static const struct task *task_of(int fd)
+{
+	const struct task *tasks = (const struct task *)(table + 1);
+	uint64_t pid, index;
+	const char *text;
+	char path[64];
+
+	if (!path_of(fd, path, sizeof(path)))
+		return 0;
 	/* "/proc/PID/pagemap"; "/PID/pagemap" when CRIU has its /proc mounted where we do not reach. */
 	text = after(path, "/proc/");
 	if (!text)
@@ -351,6 +370,57 @@ __attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, 
 		}
 	}
 	return (int)result_of(kernel_call(SYS_IOCTL, fd, (long)request, (long)argument, 0, 0, 0));
+}
+
+struct statx {
+	uint32_t unused_1[8];
+	uint64_t inode;
+	uint32_t unused_2[24];
+	uint32_t major, minor;
+	uint32_t unused_3[28];
+};
+
+#define AT_EMPTY_PATH 0x1000
+#define STATX_INO 0x100
+#define SEEK_DATA 3
+#define NO_SUCH_DATA 6 /* ENXIO */
+
+static int is_hidden_segment(int fd)
+{
+	const struct segment *segments =
+		(const struct segment *)((const struct task *)(table + 1) + table->tasks);
+	uint64_t index, system_v;
+	struct statx status;
+	char path[64];
+
+	if (!table->segments || !path_of(fd, path, sizeof(path)))
+		return 0;
+	system_v = after(path, "/SYSV") != 0;
+	if (kernel_call(SYS_STATX, fd, (long)"", AT_EMPTY_PATH, STATX_INO, (long)&status, 0))
+		return 0;
+	for (index = 0; index < table->segments; index++)
+		if (segments[index].inode == status.inode && segments[index].major == status.major &&
+		    segments[index].minor == status.minor && segments[index].system_v == system_v)
+			return 1;
+	return 0;
+}
+
+/* CRIU walks shared memory by its data; without any it takes the whole segment for a hole. */
+__attribute__((visibility("default"))) long lseek64(int fd, long offset, int whence)
+{
+	if (whence == SEEK_DATA && table && __atomic_load_n(&table->published, __ATOMIC_ACQUIRE) &&
+	    is_hidden_segment(fd)) {
+		table->hidden_segments++;
+		*__errno_location() = NO_SUCH_DATA;
+		return -1;
+	}
+	return result_of(kernel_call(SYS_LSEEK, fd, offset, whence, 0, 0, 0));
+}
+
+/* A CRIU that was not built with glibc has this name. */
+__attribute__((visibility("default"))) long lseek(int fd, long offset, int whence)
+{
+	return lseek64(fd, offset, whence);
 }
 
 struct message {

@@ -5,23 +5,24 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy
 
 from runtime.memory.ranges import PageRanges
 
 VARIABLE = "CMIGRATE_PAGE_FILTER"
-# struct table of page_filter.c: magic, capacity, published, tasks, ranges_at, options; loaded, calls, filtered, scans,
-# removed_bytes, skipped_dumps.
-_HEADER = struct.Struct("=12Q")
+# struct table of page_filter.c: magic, capacity, published, tasks, ranges_at, options, segments; loaded, calls,
+# filtered, scans, removed_bytes, skipped_dumps, hidden_segments.
+_HEADER = struct.Struct("=14Q")
 _TASK = struct.Struct("=3Q")
+_SEGMENT = struct.Struct("=4Q")
 _MAGIC = 0x314B434142474743
 _PUBLISHED_AT = 16
-_COUNTERS_AT = 48
+_COUNTERS_AT = 56
 _WITHOUT_CONNTRACK = 1
 # A stretch of fresh pages shorter than this is let through: to send 32 pages and throw them away takes 20 us, and so
 # does each further piece into which what must be sent is cut.
@@ -34,7 +35,7 @@ CAPACITY_BYTES = 1 << 28
 class FilterCounters:
     """What the filter did: ``calls`` of PAGEMAP_SCAN by CRIU, of which it answered ``filtered`` itself with ``scans``
     real ones; ``removed_bytes`` of address space were answered as known, populated or not. ``skipped_dumps`` are those
-    of connection tracking."""
+    of connection tracking, ``hidden_segments`` questions for the data of shared memory that was denied."""
 
     loaded: bool
     calls: int
@@ -42,6 +43,15 @@ class FilterCounters:
     scans: int
     removed_bytes: int
     skipped_dumps: int = 0
+    hidden_segments: int = 0
+
+
+class HiddenSegment(NamedTuple):
+    """Shared memory that CRIU is to take for a hole: what stat(2) says of it, and whether it is of System V."""
+
+    inode: int
+    device: int
+    system_v: bool
 
 
 class PageFilter:
@@ -65,7 +75,7 @@ class PageFilter:
             os.write(code, library.read_bytes())
             self._table = mmap.mmap(table, CAPACITY_BYTES)
             self._table[: _HEADER.size] = _HEADER.pack(
-                *(_MAGIC, CAPACITY_BYTES, 0, 0, 0, _WITHOUT_CONNTRACK if without_conntrack else 0), *(0,) * 6
+                *(_MAGIC, CAPACITY_BYTES, 0, 0, 0, _WITHOUT_CONNTRACK if without_conntrack else 0), *(0,) * 8
             )
         except BaseException:
             self.close()
@@ -80,17 +90,24 @@ class PageFilter:
     def pass_fds(self) -> tuple[int, ...]:
         return tuple(self._fds)
 
-    def publish(self, known: Mapping[int, PageRanges], *, shortest_bytes: int = SHORTEST_BYTES) -> None:
+    def publish(
+        self,
+        known: Mapping[int, PageRanges],
+        *,
+        segments: Sequence[HiddenSegment] = (),
+        shortest_bytes: int = SHORTEST_BYTES,
+    ) -> None:
         """Once, after the freeze and before ``query-ext-files`` is acknowledged.
 
         ``known``: by this host's pid, address ranges that CRIU is to take for empty: whatever exists in them the target
         has, in its last version. They may cover what is not populated; only private memory is meant, and they are
         wrong for a page that was written since it was sent. A task that has no room is left out, and dumped in full.
         Ranges below ``shortest_bytes`` are left out as well: the page server must still throw away what it has.
+        ``segments`` are hidden as a whole.
         """
         view = self._view()
         end = CAPACITY_BYTES
-        ranges_at = (_HEADER.size + len(known) * _TASK.size + 15) // 16 * 16
+        ranges_at = (_HEADER.size + len(known) * _TASK.size + len(segments) * _SEGMENT.size + 15) // 16 * 16
         tasks: list[bytes] = []
         first = 0
         for pid, ranges in known.items():
@@ -102,9 +119,13 @@ class PageFilter:
             view[at : at + bounds.nbytes] = bounds.tobytes()
             tasks.append(_TASK.pack(pid, first, len(bounds)))
             first += len(bounds)
-        listed = b"".join(tasks)
+        hidden = [
+            _SEGMENT.pack(inode, os.major(device), os.minor(device), system_v) for inode, device, system_v in segments
+        ]
+        listed = b"".join((*tasks, *hidden))
         view[_HEADER.size : _HEADER.size + len(listed)] = listed
         view[24:40] = struct.pack("=2Q", len(tasks), ranges_at)
+        view[48:56] = struct.pack("=Q", len(hidden))
         view[_PUBLISHED_AT : _PUBLISHED_AT + 8] = struct.pack("=Q", 1)
 
     @property
@@ -113,7 +134,7 @@ class PageFilter:
         return self.counters().loaded
 
     def counters(self) -> FilterCounters:
-        loaded, calls, filtered, scans, removed, skipped = struct.unpack_from("=6Q", self._view(), _COUNTERS_AT)
+        loaded, calls, filtered, scans, removed, skipped, hidden = struct.unpack_from("=7Q", self._view(), _COUNTERS_AT)
         return FilterCounters(
             loaded=bool(loaded),
             calls=calls,
@@ -121,6 +142,7 @@ class PageFilter:
             scans=scans,
             removed_bytes=removed,
             skipped_dumps=skipped,
+            hidden_segments=hidden,
         )
 
     def _view(self) -> mmap.mmap:

@@ -1,0 +1,196 @@
+"""The container's shared memory on its way out: in rounds while it runs, what changed since when nothing of it runs.
+
+CRIU does not get to see these segments (runtime/criu/filter). What changed is found by comparing contents, because no
+page table tells of writers that have ended or that write by descriptor. The last comparison and what it finds go over
+while the target restores already; post-copy, whose channel then is in use, has them before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from migrate.fields import SharedPlace
+from migrate.outgoing import PAGE_BYTES, RUNS_PER_MESSAGE, Outgoing
+from runtime.criu.filter.table import HiddenSegment
+from runtime.memory.maps import Kind, Mapping
+from runtime.memory.open_segment import OpenSegment, open_segment
+from runtime.memory.ranges import EMPTY, PageRanges
+from runtime.memory.reader import PIECE_BYTES, Range
+from runtime.memory.tasks import AddressSpace, pid_inside
+
+# What is smaller is left to CRIU, which has it in the time that the messages about it would take.
+LEAST_BYTES = 128 << 10
+MAX_SEGMENTS = 256
+SHARED_COMPLETE = "shared-complete"
+ZEROS = memoryview(bytes(PIECE_BYTES))
+
+
+@dataclass(kw_only=True)
+class _Known:
+    """``held``: pages of which the target has some content. ``pending``: those whose present content it lacks, as of
+    the last look; ``dirty``: of these, those that changed since they were sent; ``hot``: twice running."""
+
+    segment: OpenSegment
+    existing: PageRanges = EMPTY
+    held: PageRanges = EMPTY
+    pending: PageRanges = EMPTY
+    dirty: PageRanges = EMPTY
+    hot: PageRanges = EMPTY
+
+
+@dataclass(kw_only=True)
+class SharedSource:
+    """``in_rounds``: ``scan`` and ``send`` are called while the container runs; else everything goes at the end."""
+
+    out: Outgoing
+    in_rounds: bool
+    open_segment: Callable[[int, Mapping], OpenSegment | None] = open_segment
+    sent_before_bytes: int = 0
+    """Of memory, while the container ran."""
+    sent_after_bytes: int = 0
+    places: tuple[SharedPlace, ...] = ()
+    """After ``finish``: what is not in CRIU's images, and where it is mapped."""
+    _known: dict[int, _Known] = field(default_factory=dict)
+    _left: set[int] = field(default_factory=set)
+    _buffer: memoryview = field(default_factory=lambda: memoryview(bytearray(PIECE_BYTES)))
+
+    @property
+    def dirty_bytes(self) -> int:
+        return sum(known.dirty.bytes for known in self._known.values())
+
+    @property
+    def hot_bytes(self) -> int:
+        return sum(known.hot.bytes for known in self._known.values())
+
+    @property
+    def pending_bytes(self) -> int:
+        return sum(known.pending.bytes for known in self._known.values())
+
+    def scan(self, spaces: Iterable[AddressSpace]) -> None:
+        """What differs from what was sent. Reads all of it: 0.3 s for each GiB."""
+        if not self.in_rounds:
+            return
+        mapped = self._open_what_is_mapped(spaces)
+        for number in set(self._known) - set(mapped):
+            self._forget(number, self._known[number], EMPTY)
+            self._known.pop(number).segment.close()
+        for known in self._known.values():
+            known.existing = known.segment.existing()
+            known.pending = known.segment.differing(known.existing)
+            # Before anything was sent it is not known what changes.
+            dirty = known.pending if known.held else EMPTY
+            known.hot, known.dirty = dirty & known.dirty, dirty
+
+    def send(self, *, defer_hot: bool = False) -> int:
+        """Copy what is pending, without hot pages if so told. Bytes of memory looked at."""
+        looked_at = 0
+        for number, known in self._known.items():
+            wanted = known.pending - known.hot if defer_hot else known.pending
+            self._forget(number, known, known.existing)
+            self._copy(number, known, wanted)
+            known.segment.look_ahead(known.existing)
+            looked_at += wanted.bytes
+        self.sent_before_bytes += looked_at
+        return looked_at
+
+    def finish(self, spaces: Sequence[AddressSpace]) -> tuple[HiddenSegment, ...]:
+        """Nothing runs any more and CRIU has not looked yet: what it is not to see, because ``send_rest`` sends it."""
+        mapped = self._open_what_is_mapped(spaces)
+        places: list[SharedPlace] = []
+        hidden: list[HiddenSegment] = []
+        for number, (tid, mapping) in mapped.items():
+            inside = pid_inside(tid)
+            if inside and len(places) < MAX_SEGMENTS:
+                segment = self._known[number].segment
+                size = segment.size_bytes
+                places.append(SharedPlace(id=number, size_bytes=size, pid=inside, address=mapping.start))
+                hidden.append(HiddenSegment(number, segment.device, segment.system_v))
+        self.places = tuple(places)
+        return tuple(hidden)
+
+    def send_rest(self) -> None:
+        """What changed since, or everything where there were no rounds; nothing of it can change any more."""
+        for place in self.places:
+            known = self._known[place.id]
+            existing = known.segment.existing()
+            wanted = known.segment.differing_still(existing)
+            self._forget(place.id, known, existing)
+            # No look follows, so nobody needs to know what was copied.
+            self._copy(place.id, known, wanted, note=False)
+            self.sent_after_bytes += wanted.bytes
+
+    def close(self) -> None:
+        """Not for a blackout: what is mapped here is unmapped."""
+        for known in self._known.values():
+            known.segment.close()
+        self._known = {}
+
+    def _open_what_is_mapped(self, spaces: Iterable[AddressSpace]) -> dict[int, tuple[int, Mapping]]:
+        """By number: a thread and a mapping that shows it, of all segments that go this way. They are open then."""
+        found: dict[int, tuple[int, Mapping]] = {}
+        for tid, mapping in _shared_mappings(spaces):
+            if mapping.inode in self._left:
+                continue
+            known = self._known.get(mapping.inode)
+            if known is None:
+                try:
+                    segment = self.open_segment(tid, mapping)
+                except (FileNotFoundError, ProcessLookupError):
+                    continue  # gone, or just not mapped here any more
+                if segment is None or segment.size_bytes < LEAST_BYTES:
+                    self._leave(mapping.inode, segment)
+                    continue
+                known = self._known[mapping.inode] = _Known(segment=segment)
+            if known.segment.system_v != mapping.name.startswith("/SYSV"):
+                # Numbered alike by chance: CRIU itself takes one for the other then.
+                self._leave(mapping.inode, self._known.pop(mapping.inode).segment)
+                found.pop(mapping.inode, None)
+                continue
+            found.setdefault(mapping.inode, (tid, mapping))
+        return found
+
+    def _leave(self, number: int, segment: OpenSegment | None) -> None:
+        """To CRIU."""
+        self._left.add(number)
+        if segment is not None:
+            segment.close()
+
+    def _copy(self, number: int, known: _Known, wanted: PageRanges, *, note: bool = True) -> None:
+        for filled, data, zeros in known.segment.content(wanted, self._buffer):
+            if note and self.in_rounds:
+                _note(known.segment, filled, data, zeros)
+            message = {"type": "shared", "id": number, "runs": _in_pages(filled), "zeros": _in_pages(zeros)}
+            if filled:
+                self.out.memory(message, data)
+            else:
+                self.out.control(message)
+        known.held |= wanted
+
+    def _forget(self, number: int, known: _Known, existing: PageRanges) -> None:
+        """Pages that are no more read as zeros here, and must there."""
+        spans = [(start, end - start) for start, end in (known.held - existing).spans()]
+        for first in range(0, len(spans), RUNS_PER_MESSAGE):
+            zeros = _in_pages(spans[first : first + RUNS_PER_MESSAGE])
+            self.out.control({"type": "shared", "id": number, "runs": [], "zeros": zeros})
+        known.held &= existing
+
+
+def _shared_mappings(spaces: Iterable[AddressSpace]) -> Iterator[tuple[int, Mapping]]:
+    for space in spaces:
+        for mapping in space.mappings:
+            if mapping.kind is Kind.SHARED_MEMORY:
+                yield space.tid, mapping
+
+
+def _note(segment: OpenSegment, filled: list[Range], data: memoryview, zeros: list[Range]) -> None:
+    position = 0
+    for offset, size in filled:
+        segment.copied(offset, data[position : position + size])
+        position += size
+    for offset, size in zeros:
+        segment.copied(offset, ZEROS[:size])
+
+
+def _in_pages(ranges: list[Range]) -> list[int]:
+    return [number for address, size in ranges for number in (address, size // PAGE_BYTES)]
