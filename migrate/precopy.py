@@ -167,6 +167,7 @@ class Precopy:
         self._page_bytes = 0
         self._memory_bytes = 0
         self._rate_Bps = rate_Bps
+        self._looking_s = 0.0
         self._switchover_rate_Bps = switchover_rate_Bps
         self._samples = list(samples)
         self._prior: DirtyCurve | None = None
@@ -210,6 +211,7 @@ class Precopy:
         self.sent_bytes += done.wire_bytes
         self._page_bytes += done.page_bytes
         self._rate_Bps = blended_rate(self._rate_Bps, done.page_bytes, done.sending_s or done.seconds)
+        self._looking_s = done.seconds - (done.sending_s or done.seconds)
         # What the container did lately tells more than what it did a minute ago.
         self._samples = [replace(sample, weight=sample.weight * 0.7) for sample in self._samples][-12:]
         # Of a round in which nearly everything became dirty it is only known that it was at least so much.
@@ -234,7 +236,7 @@ class Precopy:
 
     def _option(self, left_bytes: float, kept_bytes: float, curve: DirtyCurve) -> _Option:
         send = max(0.0, left_bytes - kept_bytes)
-        seconds = max(send / self.rate_Bps, self.costs.round_s)
+        seconds = max(send / self.rate_Bps + self._looking_s, self.costs.round_s)
         left = kept_bytes + curve.without_hot(kept_bytes, seconds + self.costs.scan_to_freeze_s)
         return _Option(
             defer_hot=kept_bytes > 0,

@@ -1,19 +1,21 @@
 """The container's shared memory on its way out: in rounds while it runs, what changed since when nothing of it runs.
 
 CRIU does not get to see these segments (runtime/criu/filter). What changed is found by comparing contents, because no
-page table tells of writers that have ended or that write by descriptor. The last comparison and what it finds go over
-while the target restores already; post-copy, whose channel then is in use, has them before that.
+page table tells of writers that have ended or that write by descriptor. The last comparison runs beside CRIU's dump,
+and what it finds goes over while the target restores; post-copy, whose channel is in use then, has it before that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from migrate.fields import SharedPlace
 from migrate.outgoing import PAGE_BYTES, RUNS_PER_MESSAGE, Outgoing
 from runtime.criu.filter.table import HiddenSegment
-from runtime.memory.maps import Kind, Mapping
+from runtime.memory import maps
+from runtime.memory.maps import Kind
 from runtime.memory.open_segment import OpenSegment, open_segment
 from runtime.memory.ranges import EMPTY, PageRanges
 from runtime.memory.reader import PIECE_BYTES, Range
@@ -45,7 +47,7 @@ class SharedSource:
 
     out: Outgoing
     in_rounds: bool
-    open_segment: Callable[[int, Mapping], OpenSegment | None] = open_segment
+    open_segment: Callable[[int, maps.Mapping], OpenSegment | None] = open_segment
     sent_before_bytes: int = 0
     """Of memory, while the container ran."""
     sent_after_bytes: int = 0
@@ -53,6 +55,7 @@ class SharedSource:
     """After ``finish``: what is not in CRIU's images, and where it is mapped."""
     _known: dict[int, _Known] = field(default_factory=dict)
     _left: set[int] = field(default_factory=set)
+    _comparison: _Comparison | None = None
     _buffer: memoryview = field(default_factory=lambda: memoryview(bytearray(PIECE_BYTES)))
 
     @property
@@ -107,14 +110,19 @@ class SharedSource:
                 places.append(SharedPlace(id=number, size_bytes=size, pid=inside, address=mapping.start))
                 hidden.append(HiddenSegment(number, segment.device, segment.system_v))
         self.places = tuple(places)
+        if self.in_rounds and places:
+            # CRIU makes system calls in the tasks by writing to a page of code, which may be shared memory.
+            code = {mapping.inode for _tid, mapping in _shared_mappings(spaces) if mapping.permissions[2] == "x"}
+            segments = {place.id: self._known[place.id].segment for place in places if place.id not in code}
+            self._comparison = _Comparison(segments)
         return tuple(hidden)
 
     def send_rest(self) -> None:
-        """What changed since, or everything where there were no rounds; nothing of it can change any more."""
+        """What changed since, or everything where there were no rounds; CRIU is done with the tasks."""
+        compared = self._comparison.wait() if self._comparison is not None else {}
         for place in self.places:
             known = self._known[place.id]
-            existing = known.segment.existing()
-            wanted = known.segment.differing_still(existing)
+            existing, wanted = compared.get(place.id) or _compare(known.segment)
             self._forget(place.id, known, existing)
             # No look follows, so nobody needs to know what was copied.
             self._copy(place.id, known, wanted, note=False)
@@ -122,13 +130,15 @@ class SharedSource:
 
     def close(self) -> None:
         """Not for a blackout: what is mapped here is unmapped."""
+        if self._comparison is not None:
+            self._comparison.join()
         for known in self._known.values():
             known.segment.close()
         self._known = {}
 
-    def _open_what_is_mapped(self, spaces: Iterable[AddressSpace]) -> dict[int, tuple[int, Mapping]]:
+    def _open_what_is_mapped(self, spaces: Iterable[AddressSpace]) -> dict[int, tuple[int, maps.Mapping]]:
         """By number: a thread and a mapping that shows it, of all segments that go this way. They are open then."""
-        found: dict[int, tuple[int, Mapping]] = {}
+        found: dict[int, tuple[int, maps.Mapping]] = {}
         for tid, mapping in _shared_mappings(spaces):
             if mapping.inode in self._left:
                 continue
@@ -176,7 +186,40 @@ class SharedSource:
         known.held &= existing
 
 
-def _shared_mappings(spaces: Iterable[AddressSpace]) -> Iterator[tuple[int, Mapping]]:
+class _Comparison:
+    """Of segments that nobody changes any more with what was sent, beside CRIU's dump."""
+
+    def __init__(self, segments: Mapping[int, OpenSegment]) -> None:
+        self._segments = segments
+        self._found: dict[int, tuple[PageRanges, PageRanges]] = {}
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="shared-memory", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> dict[int, tuple[PageRanges, PageRanges]]:
+        """By number: what exists, and what of it the target lacks."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for number, segment in self._segments.items():
+                self._found[number] = _compare(segment)
+        except BaseException as error:
+            self._error = error
+
+
+def _compare(segment: OpenSegment) -> tuple[PageRanges, PageRanges]:
+    existing = segment.existing()
+    return existing, segment.differing_still(existing)
+
+
+def _shared_mappings(spaces: Iterable[AddressSpace]) -> Iterator[tuple[int, maps.Mapping]]:
     for space in spaces:
         for mapping in space.mappings:
             if mapping.kind is Kind.SHARED_MEMORY:

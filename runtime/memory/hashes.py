@@ -14,6 +14,8 @@ from runtime.memory.ranges import EMPTY, PAGE_BYTES, PageRanges
 
 CHUNK_PAGES = 512
 BLOCK_BYTES = 16 * PAGE_BYTES
+# One hash of so much takes less time than sixteen, and other threads run meanwhile, which they can not with short ones.
+LARGE_BYTES = 1 << 20
 READ_BYTES = 4 << 20
 _UNKNOWN = 0
 
@@ -82,11 +84,13 @@ class Comparer:
         # By address: the hash of a whole block that was found equal to its copies page by page. One long hash takes a
         # tenth of the time of sixteen short ones.
         self._equal_blocks: dict[int, int] = {}
+        self._equal_large: dict[int, int] = {}
 
     def copied(self, address: int, data: memoryview) -> None:
         self._copied.put(address, hash_pages(data))
-        for block in range(address // BLOCK_BYTES * BLOCK_BYTES, address + len(data), BLOCK_BYTES):
-            self._equal_blocks.pop(block, None)
+        for size, equal in ((BLOCK_BYTES, self._equal_blocks), (LARGE_BYTES, self._equal_large)):
+            for block in range(address // size * size, address + len(data), size):
+                equal.pop(block, None)
 
     def differing(self, fd: int, existing: PageRanges, buffer: bytearray) -> PageRanges:
         """Existing pages that differ from their copies or were never copied; of others than these no copy is known
@@ -97,14 +101,45 @@ class Comparer:
         """``differing`` of pages that somebody else reads: addresses and contents, ascending."""
         kept = PageHashes()
         equal_blocks: dict[int, int] = {}
+        equal_large: dict[int, int] = {}
         found: list[Bounds] = [EMPTY.bounds]
         for address, view in pieces:
             known = self._copied.get(address, max(len(view) // PAGE_BYTES, 1))
-            same = self._compare(address, view, known, equal_blocks)
+            same = self._compare_large(address, view, known, equal_blocks, equal_large)
             kept.put(address, np.where(same, known, np.uint64(_UNKNOWN)))
             found.append(runs(address, ~same))
-        self._copied, self._equal_blocks = kept, equal_blocks
+        self._copied, self._equal_blocks, self._equal_large = kept, equal_blocks, equal_large
         return PageRanges.of(np.concatenate(found))
+
+    def _compare_large(
+        self,
+        address: int,
+        view: memoryview,
+        known: Hashes,
+        equal_blocks: dict[int, int],
+        equal_large: dict[int, int],
+    ) -> NDArray[np.bool_]:
+        """For each page whether it is as it was copied; no page at all of an empty ``view``, which can not be read."""
+        same = np.zeros(len(known), dtype=np.bool_)
+        at = 0
+        while at < len(view):
+            size = LARGE_BYTES - (address + at) % LARGE_BYTES
+            data = view[at : at + size]
+            pages = slice(at // PAGE_BYTES, (at + len(data)) // PAGE_BYTES)
+            whole = len(data) == LARGE_BYTES
+            digest = xxhash.xxh3_64_intdigest(data) if whole else 0
+            if whole and self._equal_large.get(address + at) == digest:
+                same[pages] = True
+                # Its blocks are as they were, too.
+                for block in range(address + at, address + at + LARGE_BYTES, BLOCK_BYTES):
+                    if block in self._equal_blocks:
+                        equal_blocks[block] = self._equal_blocks[block]
+            else:
+                same[pages] = self._compare(address + at, data, known[pages], equal_blocks)
+            if whole and same[pages].all():
+                equal_large[address + at] = digest
+            at += len(data)
+        return same
 
     def _compare(
         self, address: int, view: memoryview, known: Hashes, equal_blocks: dict[int, int]

@@ -17,7 +17,7 @@ from functools import cache
 from runtime.memory.api import Segment
 from runtime.memory.hashes import READ_BYTES, Comparer
 from runtime.memory.maps import Kind, Mapping
-from runtime.memory.ranges import PAGE_BYTES, PageRanges
+from runtime.memory.ranges import EMPTY, PAGE_BYTES, PageRanges
 from runtime.memory.reader import Range, cut_into_batches, without_zeros
 from runtime.memory.shared import data_in, segment_of
 
@@ -70,6 +70,7 @@ class OpenSegment:
         self._fd = fd
         self._comparer: Comparer | None = None
         self._window: mmap.mmap | None = None
+        self._looked_ahead = EMPTY
         self._buffer = bytearray()
 
     def close(self) -> None:
@@ -133,14 +134,16 @@ class OpenSegment:
         size = self.size_bytes // PAGE_BYTES * PAGE_BYTES
         if self._window is not None and len(self._window) != size:
             self._window.close()
-            self._window = None
+            self._window, self._looked_ahead = None, EMPTY
         if size and self._window is None:
             with contextlib.suppress(OSError, ValueError):  # it may have shrunk just now
                 self._window = mmap.mmap(self._fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         if self._window is not None:
+            inside = existing & PageRanges.from_spans([(0, size)])
             with contextlib.suppress(OSError, ValueError):
-                for start, end in (existing & PageRanges.from_spans([(0, size)])).spans():
+                for start, end in (inside - self._looked_ahead).spans():
                     self._window.madvise(_MADV_POPULATE_READ, start, end - start)
+            self._looked_ahead = inside
 
     def differing_still(self, existing: PageRanges) -> PageRanges:
         """``differing`` of a segment that nobody can change or shorten any more: everything that maps it is frozen."""
