@@ -21,6 +21,7 @@ class Course:
     target: str
     mode: str
     transport: str = ""
+    direct: bool = False
     started_at: str = field(default_factory=utc_now)
     begin: float = field(default_factory=time.monotonic)
     memory_bytes: int = 0
@@ -106,6 +107,7 @@ def report_of(course: Course, outcome: Outcome) -> MoveReport:
         target=course.target,
         mode=course.mode,
         transport=course.transport,
+        direct=course.direct,
         outcome=outcome,
         started_at=course.started_at,
         total_ms=(time.monotonic() - course.begin) * 1000,

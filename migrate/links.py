@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, Self
 
@@ -28,6 +28,8 @@ class Session:
     channel: Channel
     peer_hello: Hello
     notes: tuple[str, ...] = ()
+    direct: bool = False
+    """What is said goes over a direct connection that came about over SSH."""
 
     @property
     def transport(self) -> str:
@@ -46,13 +48,18 @@ class Session:
 
 
 def connect(
-    host: HostConfig, reference: str | HostEntry, *, transport: TransportName = "auto", deadline: Deadline
+    host: HostConfig,
+    reference: str | HostEntry,
+    *,
+    transport: TransportName = "auto",
+    direct: bool = False,
+    deadline: Deadline,
 ) -> Session:
     """A session with a known host, from ``host``.
 
     ``auto`` takes the stream, which is faster, and SSH where the stream fails. A ``stream://`` or ``ssh://`` reference
-    means that transport and no other. Raises UnknownHost, BadInput, NoCommonProtocol or TransportError; when both ways
-    fail the error tells both.
+    means that transport and no other. ``direct``: from SSH to a direct connection, where one comes about. Raises
+    UnknownHost, BadInput, NoCommonProtocol or TransportError; when both ways fail the error tells both.
     """
     inventory = Inventory(host)
     entry = inventory.get(reference) if isinstance(reference, str) else reference
@@ -61,12 +68,17 @@ def connect(
         "stream": lambda: _stream(inventory, entry, STREAM_REACH_S if wanted == "auto" else None),
         "ssh": lambda: _ssh(inventory, entry),
     }
+
+    def open_by(way: str, notes: tuple[str, ...] = ()) -> Session:
+        session = _open(host, entry, ways[way](), deadline, notes)
+        return _direct(session, deadline) if direct and way == "ssh" else session
+
     if wanted != "auto":
-        return _open(host, entry, ways[wanted](), deadline)
+        return open_by(wanted)
     failures: list[tuple[str, TransportError]] = []
     for name in ("stream", "ssh"):
         try:
-            session = _open(host, entry, ways[name](), deadline, tuple(f"{way}: {why}" for way, why in failures))
+            session = open_by(name, tuple(f"{way}: {why}" for way, why in failures))
         except TransportError as error:
             failures.append((name, error))
         else:
@@ -94,6 +106,21 @@ def _open(
         channel.close()
         raise
     return Session(entry=entry, channel=channel, peer_hello=hello, notes=notes)
+
+
+def _direct(session: Session, deadline: Deadline) -> Session:
+    from migrate.direct import go_direct
+
+    try:
+        channel, why = go_direct(session.channel, session.entry.ssh_host, deadline)
+    except BaseException:
+        session.channel.abort()
+        session.channel.close()
+        raise
+    note = f"memory goes through the SSH session, which is slower: no direct connection: {why}"
+    if why:
+        return replace(session, notes=(*session.notes, note))
+    return replace(session, channel=channel, direct=True)
 
 
 def _stream(inventory: Inventory, entry: HostEntry, reach_s: float | None) -> Connector:

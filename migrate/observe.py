@@ -324,4 +324,5 @@ def summary(report: MoveReport) -> str:
         Outcome.REFUSED: f"{report.container} was not moved",
     }[report.outcome]
     sent = mebibytes(report.sent_bytes.total)
-    return f"{what}: {report.mode} by {report.transport}{blackout}, total {report.total_ms:.0f} ms, {sent} sent"
+    way = f"{report.transport}, direct" if report.direct else report.transport
+    return f"{what}: {report.mode} by {way}{blackout}, total {report.total_ms:.0f} ms, {sent} sent"

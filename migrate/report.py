@@ -111,10 +111,11 @@ class MoveReport:
 
     ``blackout_ms`` runs from frozen on the source to running on the target, or on the source again, on the source's
     clock; None when the move ended before anything froze. ``downtime_ms`` is the longest time without an answer
-    that a probe saw, if one ran. ``memory_bytes`` is what the container had in memory. ``packed`` is memory that
-    our reader sent, in bytes before it was packed, by the way it went: none, lz4, zstd. ``rounds`` counts passes of
-    pre-copy, so it is 0 without pre-copy. ``why`` the mode was taken; ``predicted_blackout_ms`` by the last round,
-    else by the plan, None without either; ``slowed_to_cpus`` None when the container ran at its own speed.
+    that a probe saw, if one ran. ``direct``: over a direct connection that came about over SSH. ``memory_bytes`` is
+    what the container had in memory. ``packed`` is memory that our reader sent, in bytes before it was packed, by the
+    way it went: none, lz4, zstd. ``rounds`` counts passes of pre-copy, so it is 0 without pre-copy. ``why`` the mode
+    was taken; ``predicted_blackout_ms`` by the last round, else by the plan, None without either; ``slowed_to_cpus``
+    None when the container ran at its own speed.
     ``closed_connections`` are TCP connections of the container that were ended when it froze: "LOCAL:PORT -
     REMOTE:PORT". ``blockers`` are preflight's, as mappings with check, what and remedy.
     """
@@ -133,6 +134,7 @@ class MoveReport:
     memory_bytes: int = 0
     sent_bytes: SentBytes = field(default_factory=SentBytes)
     packed: Mapping[str, int] = field(default_factory=dict)
+    direct: bool = False
     rounds: int = 0
     fill: Fill | None = None
     verify: Verification | None = None

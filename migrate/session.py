@@ -80,6 +80,14 @@ class Dispatcher:
         far as it still listens, and raised."""
         try:
             hello = exchange_hello(self._channel, self._host.name, Deadline.after(HELLO_TIMEOUT_S))
+        except (MigrateError, RuntimeFault, TransportError, OSError) as error:
+            self._tell(error)
+            raise
+        self.go_on(hello)
+
+    def go_on(self, hello: Hello) -> None:
+        """As ``run``, after the greetings, which may have been exchanged on another channel."""
+        try:
             asked = Asked(host=self._host, channel=self._channel, peer_hello=hello)
             while (frame := self._next()) is not None:
                 self._dispatch(asked, frame.message())

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from migrate import messages, preflight
 from migrate.arrivals import standing
 from migrate.course import Course, failed_report, moved_report, report_of
+from migrate.direct import answer_direct
 from migrate.errors import (
     MemoryDiffers,
     MigrateError,
@@ -61,6 +62,8 @@ class MoveOptions:
 
     mode: WantedMode = "auto"
     transport: Literal["auto", "ssh", "stream"] = "auto"
+    direct: bool = True
+    """Over SSH: a connection of its own for the move, where the target can be reached by one."""
     dry_run: bool = False
     budget: Budget = field(default_factory=Budget)
     bandwidth_Bps: float | None = None
@@ -83,6 +86,7 @@ def register_handlers() -> None:
     HANDLERS["offer"] = handle_offer
     HANDLERS["preflight"] = answer_preflight
     HANDLERS["ask"] = handle_ask
+    HANDLERS["direct"] = answer_direct
     HANDLERS["measure"] = answer_measure
     HANDLERS["check-health"] = handle_check_health
 
@@ -215,10 +219,10 @@ def _move_locked(
         raise WrongState(f"container {container.name} is {container.state.status}", hint=hint)
     if course.target == host.name:
         raise BadInput(f"{course.target} is this host", hint="give another host: cmigrate host ls")
-    with connecting(
-        host, course.target, transport=options.transport, deadline=Deadline.after(options.timeout_s)
-    ) as session:
+    words = {"transport": options.transport, "direct": options.direct}
+    with connecting(host, course.target, **words, deadline=Deadline.after(options.timeout_s)) as session:
         course.target, course.transport = session.entry.name, session.transport
+        course.direct = session.direct
         for note in session.notes:
             held.on_event(Warning(what=note))
         criu = find_criu()

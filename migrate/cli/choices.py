@@ -28,6 +28,13 @@ transport_option = click.option(
     show_default=True,
     help="auto: stream where the agent there answers, else ssh.",
 )
+direct_option = click.option(
+    "--direct",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    show_default=True,
+    help="Over SSH: a direct connection for the move, with keys that came by SSH, where the target lets one in.",
+)
 bandwidth_option = click.option(
     "--bandwidth",
     "bandwidth_Bps",

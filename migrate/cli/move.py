@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from migrate.cli.choices import Parsed, bandwidth_option, consent_option, transport_option
+from migrate.cli.choices import Parsed, bandwidth_option, consent_option, direct_option, transport_option
 from migrate.cli.output import fail, json_option, open_host, terminated_like_interrupted
 from migrate.cli.plan import predictions_table
 
@@ -182,6 +182,7 @@ def _budget(
 )
 @rounds_options
 @transport_option
+@direct_option
 @bandwidth_option
 @click.option(
     "--probe",
@@ -222,6 +223,7 @@ def move_command(
     bandwidth_Bps: float | None,
     compress: str,
     transport: str,
+    direct: str,
     probe: str,
     allow_postcopy: bool,
     tcp: str,
@@ -246,6 +248,7 @@ def move_command(
     options = MoveOptions(
         mode=mode,  # type: ignore[arg-type]  # click.Choice has checked these
         transport=transport,  # type: ignore[arg-type]
+        direct=direct == "auto",
         allow_postcopy=allow_postcopy,
         tcp=tcp,  # type: ignore[arg-type]
         verify=verify,

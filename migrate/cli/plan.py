@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrate.cli.choices import bandwidth_option, consent_option, transport_option
+from migrate.cli.choices import bandwidth_option, consent_option, direct_option, transport_option
 from migrate.cli.output import json_option, open_host
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Planning:
     help="The blackout that is to be met.",
 )
 @transport_option
+@direct_option
 @bandwidth_option
 @consent_option
 @json_option
@@ -64,6 +65,7 @@ def plan_command(
     to: str,
     downtime_limit_ms: float,
     transport: str,
+    direct: str,
     bandwidth_Bps: float | None,
     allow_postcopy: bool,
     as_json: bool,
@@ -83,6 +85,7 @@ def plan_command(
     options = MoveOptions(
         dry_run=True,
         transport=transport,  # type: ignore[arg-type]  # click.Choice has checked it
+        direct=direct == "auto",
         bandwidth_Bps=bandwidth_Bps,
         allow_postcopy=allow_postcopy,
         budget=Budget(downtime_limit_ms=downtime_limit_ms),

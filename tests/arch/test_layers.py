@@ -29,6 +29,7 @@ MIGRATE_LAYERS = (
     ("agent", "source", "target"),
     ("asking", "health"),
     ("links", "survey"),
+    ("direct",),
     ("session",),
     ("preflight",),
     ("rounds", "postcopy_source", "postcopy_target"),
