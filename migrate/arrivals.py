@@ -27,6 +27,9 @@ from runtime.orphans import orphan_state, take_over
 from runtime.store import process_start_ticks, read_json
 
 _BEFORE_COMMIT = {"RESERVED", "RECEIVING", "VERIFIED", "RESTORED_HELD"}
+_RUNS = {"RESUMED", "SETTLED", "CONFIRMED"}
+# Of one that is being given back nothing certain can be said yet.
+_OVER = {"REFUSED": "refused", "RETURNED": "returned", "RETURNING": "committed"}
 _LOCK_WAIT_S = 8.0
 KILLED = 128 + signal.SIGKILL
 
@@ -38,17 +41,17 @@ def standing(host: HostConfig, move_id: str, epoch: int) -> str:
         with Journal(host.journal_dir, move_id, side="target", epoch=epoch) as file:
             file.append(target_machine.Phase.REFUSED, {"why": "asked about a move that never came"})
         return "refused"
-    if journal.phase in ("RESUMED", "CONFIRMED"):
+    if journal.phase in _RUNS:
         return _whole(host, _container_id(journal))
-    if journal.phase == "REFUSED":
-        return "refused"
+    if journal.phase in _OVER:
+        return _OVER[journal.phase]
     if at_work(journal):
         return "committed" if journal.phase == "COMMIT_LOGGED" else "held"
     with contextlib.suppress(Busy):
         settle_arrival(host, journal)
     settled = read_one(host.journal_dir, move_id, "target")
     assert settled is not None
-    if settled.phase in ("RESUMED", "CONFIRMED"):
+    if settled.phase in _RUNS:
         return _whole(host, _container_id(settled))
     return "refused" if settled.phase == "REFUSED" else "committed"
 

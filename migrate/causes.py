@@ -1,10 +1,11 @@
-"""What an error is to the source's table."""
+"""What an error is to the tables."""
 
 from __future__ import annotations
 
+from migrate import target_machine
 from migrate.errors import BlackoutTooLong, MoveRefused, PeerFailed
 from migrate.machine import Event
-from transport.api import TransportError
+from transport.api import ChannelClosed, DeadlineExpired, TransportError
 
 
 def event_of(error: BaseException) -> Event:
@@ -18,3 +19,12 @@ def event_of(error: BaseException) -> Event:
     if isinstance(error, TransportError):
         return Event.LINK_LOST
     return Event.FAULT
+
+
+def target_event_of(error: BaseException) -> target_machine.Event:
+    """The same for the target."""
+    if isinstance(error, MoveRefused):
+        return target_machine.Event.DISCARD
+    if isinstance(error, DeadlineExpired):
+        return target_machine.Event.TIMEOUT
+    return target_machine.Event.LINK_LOST if isinstance(error, ChannelClosed) else target_machine.Event.FAULT

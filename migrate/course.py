@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-from migrate.errors import ContainerLost, InDoubt, RolledBack, describe
+from migrate.errors import ContainerLost, InDoubt, RolledBack, StillInDoubt, describe
 from migrate.report import Fill, MoveReport, Outcome, PhaseTime, ReportedError, SentBytes, Verification, Versions
 from migrate.source import SourceMove
 from runtime.container import utc_now
@@ -83,7 +83,7 @@ def _verification(source: SourceMove) -> Verification | None:
 
 def failed_report(course: Course, error: BaseException) -> MoveReport:
     told = describe(error)
-    if isinstance(error, InDoubt):
+    if isinstance(error, (InDoubt, StillInDoubt)):
         outcome = Outcome.IN_DOUBT
     elif isinstance(error, ContainerLost):
         outcome = Outcome.LOST

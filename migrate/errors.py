@@ -9,6 +9,7 @@ MigrateError              what went wrong; ``hint`` says what to do next
 |-- NotConverging         pre-copy can not meet the limit on the blackout
 |-- BlackoutTooLong       the blackout passed --max-blackout before COMMIT
 |-- Unhealthy             moved, and its health command failed there
+|-- TakenBack             it ran on the target, and runs on the source again as it was at the freeze
 |-- ContainerLost         it ran on the target without all of its memory, and the rest could not be brought
 |-- InDoubt               COMMIT is out and no answer came; the source stays frozen and asks
 |-- MemoryDiffers         --verify: a page on the target is not what it was on the source
@@ -142,6 +143,18 @@ class Unhealthy(MigrateError):
         )
 
 
+class TakenBack(MigrateError):
+    """The container ran on the target, was not well there, and runs on the source again, as it was at the freeze."""
+
+    @classmethod
+    def unwell(cls, output: str, exit_code: int | None, container: str, target: str) -> TakenBack:
+        return cls(
+            f"{container} was moved, its health command ended with {exit_code} on {target}, and it runs on the source "
+            "again, as it was when it was frozen" + (f": {output}" if output else ""),
+            hint=f"what it did on {target} is lost, and connections of that time have ended",
+        )
+
+
 class RolledBack(_Caused):
     @classmethod
     def because(cls, cause: BaseException) -> RolledBack:
@@ -215,6 +228,7 @@ class StillInDoubt(MigrateError):
 # First match wins, so a class stands before its bases. The names travel in ERROR messages and in --json.
 CODES: tuple[tuple[type[BaseException], str, ExitCode], ...] = (
     (RolledBack, "rolled-back", ExitCode.ROLLED_BACK),
+    (TakenBack, "taken-back", ExitCode.ROLLED_BACK),
     (InDoubt, "in-doubt", ExitCode.IN_DOUBT),
     (ContainerLost, "lost", ExitCode.LOST),
     (StillInDoubt, "in-doubt", ExitCode.IN_DOUBT),

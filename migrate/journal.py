@@ -30,6 +30,9 @@ MAX_FILE_BYTES = 1 << 20
 """A larger file is no journal of ours."""
 RELEASING = "RELEASING"
 """A note of the target between COMMIT_LOGGED and RESUMED, and no phase: from here on the container may have run."""
+COMPLETE = "COMPLETE"
+"""A note of the target after RESUMED: its agent needs nothing more, and does nothing more for this move."""
+NOTES = (RELEASING, COMPLETE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ class MoveJournal:
     @property
     def phase(self) -> str:
         """The last phase that is on disk; empty when none is."""
-        return next((record.phase for record in reversed(self.records) if record.phase != RELEASING), "")
+        return next((record.phase for record in reversed(self.records) if record.phase not in NOTES), "")
 
     def reached(self, phase: str) -> bool:
         return any(record.phase == phase for record in self.records)

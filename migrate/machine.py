@@ -2,11 +2,15 @@
 
     INIT -> PREPARED -> PRECOPY -> FROZEN -> SENDING -> COMMITTED* -> DONE
               any of these four -> ROLLED_BACK               COMMITTED <-> IN_DOUBT -> DONE | ROLLED_BACK
-    (* on the disk before COMMIT is sent)
+    and where the copy here is kept for a while:             COMMITTED -> KEEPING -> DONE
+                                                                          KEEPING -> RETURNING* -> TAKEN_BACK | DONE
+    (* on the disk before COMMIT, or GIVE_BACK, is sent)
 
-The right to run leaves with COMMITTED on this disk and comes back only with REFUSED on the target's. One table is one
-attempt: messages of another (move id, epoch) never reach it. What is not in the table can not happen between two hosts
-that follow theirs (tests/unit/migrate/test_handover_model.py walks every history); from a peer it is a violation.
+The right to run leaves with COMMITTED on this disk and comes back only with REFUSED or RETURNED on the target's. Once
+RETURNING is on this disk, RUNNING is no news any more: the request may still be on its way, and ends what runs there.
+Only the target's word that it has, or never will (RETURNED, SETTLED), ends that. One table is one attempt: messages of
+another (move id, epoch) never reach it. What is not in the table can not happen between two hosts that follow theirs
+(tests/unit/migrate/test_handover_model.py walks every history); from a peer it is a violation.
 
 The rule for drivers: a phase is entered when its JOURNAL action is done, or at once where it has none. An action that
 fails ends the list and becomes FAULT or LINK_LOST, in the old phase when the record was not written. Only a rollback
@@ -29,6 +33,11 @@ class Phase(StrEnum):
     SENDING = "SENDING"
     COMMITTED = "COMMITTED"
     IN_DOUBT = "IN_DOUBT"
+    KEEPING = "KEEPING"
+    """It runs on the target, and the frozen copy here is kept, in case it is to come back."""
+    RETURNING = "RETURNING"
+    """The target is to give it back, and has perhaps heard so."""
+    TAKEN_BACK = "TAKEN_BACK"
     DONE = "DONE"
     ROLLED_BACK = "ROLLED_BACK"
     RECLAIMED = "RECLAIMED"
@@ -45,6 +54,12 @@ class Event(StrEnum):
     TARGET_PREPARED = "prepared"
     TARGET_READY = "ready"
     TARGET_RUNNING = "running"
+    TARGET_RUNNING_KEEP = "running-keep"
+    """It runs there, and the operator wants the copy here to be kept for now."""
+    TARGET_RETURNED = "returned"
+    """Its copy is dead, and RETURNED is on its disk."""
+    TARGET_SETTLED = "settled"
+    """It will not give back any more: CONFIRMED or SETTLED is on its disk."""
     TARGET_REFUSED = "refused"
     TARGET_HELD = "held"
     """The answer to ASK: restored, not released, COMMIT has not arrived."""
@@ -55,6 +70,10 @@ class Event(StrEnum):
     TIMEOUT = "timeout"
     RESTARTED = "restarted"
     """This agent was started again and found the phase in its journal."""
+    ACCEPTED = "accepted"
+    """The window is over, or the container is well: the copy here is needed no more."""
+    TAKE_BACK = "take-back"
+    """The container is to run here again, as it was at the freeze."""
     KEEP_SOURCE = "keep-source"
     """A person says: the target is fenced, run it here."""
     KEEP_TARGET = "keep-target"
@@ -72,6 +91,12 @@ class Action(StrEnum):
     JOURNAL_COMMITTED = "journal-committed"
     SEND_COMMIT = "send-commit"
     JOURNAL_DONE = "journal-done"
+    JOURNAL_KEEPING = "journal-keeping"
+    LET_GO = "let-go"
+    """Of everything but the frozen tasks, which the freezer alone holds from now on."""
+    JOURNAL_RETURNING = "journal-returning"
+    SEND_GIVE_BACK = "send-give-back"
+    JOURNAL_TAKEN_BACK = "journal-taken-back"
     KILL_COPY = "kill-copy"
     SEND_DONE = "send-done"
     THAW = "thaw"
@@ -92,12 +117,14 @@ Transitions = Mapping[tuple[Phase, Event], tuple[Phase, tuple[Action, ...]]]
 _BEFORE_COMMIT = (Phase.PREPARED, Phase.PRECOPY, Phase.FROZEN, Phase.SENDING)
 _TROUBLE = (Event.CANCELLED, Event.FAULT, Event.LINK_LOST, Event.TIMEOUT, Event.RESTARTED, Event.TARGET_REFUSED)
 _UNANSWERED = (Event.LINK_LOST, Event.TIMEOUT, Event.FAULT)
-_THE_END = (Phase.DONE, Phase.ROLLED_BACK)
+_THE_END = (Phase.DONE, Phase.ROLLED_BACK, Phase.TAKEN_BACK)
+_KEPT = (Phase.KEEPING, Phase.RETURNING)
 
 # Thaw at once, without asking: the target can not run without COMMIT.
 ROLL_BACK = (Phase.ROLLED_BACK, (Action.THAW, Action.JOURNAL_ROLLED_BACK, Action.SEND_DISCARD))
 _RECLAIM = (Phase.ROLLED_BACK, (Action.JOURNAL_RECLAIMED, Action.THAW))
 _FINISH = (Phase.DONE, (Action.JOURNAL_DONE, Action.KILL_COPY, Action.SEND_DONE))
+_TAKE_BACK = (Phase.TAKEN_BACK, (Action.JOURNAL_TAKEN_BACK, Action.THAW))
 
 
 def _stay(
@@ -128,16 +155,33 @@ TRANSITIONS: Transitions = {
     **_stay((Phase.IN_DOUBT,), (*_UNANSWERED, Event.RESTARTED), Action.ASK),
     # COMMIT is out: nobody here decides any more.
     **_stay((Phase.COMMITTED, Phase.IN_DOUBT), (Event.CANCELLED,)),
+    # It runs on the target, and could still come back.
+    (Phase.COMMITTED, Event.TARGET_RUNNING_KEEP): (Phase.KEEPING, (Action.JOURNAL_KEEPING, Action.LET_GO)),
+    (Phase.KEEPING, Event.ACCEPTED): _FINISH,
+    (Phase.KEEPING, Event.TAKE_BACK): (Phase.RETURNING, (Action.JOURNAL_RETURNING, Action.SEND_GIVE_BACK)),
+    (Phase.KEEPING, Event.RESTARTED): (Phase.KEEPING, (Action.LET_GO,)),
+    (Phase.KEEPING, Event.KEEP_TARGET): _FINISH,
+    (Phase.RETURNING, Event.TARGET_RETURNED): _TAKE_BACK,
+    (Phase.RETURNING, Event.TARGET_SETTLED): _FINISH,
+    **_stay((Phase.RETURNING,), (*_UNANSWERED, Event.RESTARTED), Action.SEND_GIVE_BACK),
+    # The target is fenced, so whatever it would have answered, nothing of it runs.
+    **{(phase, Event.KEEP_SOURCE): _TAKE_BACK for phase in _KEPT},
+    **_stay((Phase.KEEPING,), (*_UNANSWERED, Event.CANCELLED)),
+    **_stay((Phase.RETURNING,), (Event.CANCELLED,)),
+    **_stay(_KEPT, (Event.TARGET_PREPARED, Event.TARGET_READY, Event.TARGET_RUNNING)),
     # Killed between the record and the deed: do the deed again.
     (Phase.DONE, Event.RESTARTED): (Phase.DONE, (Action.KILL_COPY, Action.SEND_DONE)),
     (Phase.ROLLED_BACK, Event.RESTARTED): (Phase.ROLLED_BACK, (Action.THAW,)),
+    (Phase.TAKEN_BACK, Event.RESTARTED): (Phase.TAKEN_BACK, (Action.THAW,)),
     # A target that still holds a restore after the rollback, because DISCARD got lost, is told again.
     **_stay((Phase.ROLLED_BACK,), (Event.TARGET_PREPARED, Event.TARGET_READY, Event.TARGET_HELD), Action.SEND_DISCARD),
     (Phase.DONE, Event.TARGET_RUNNING): (Phase.DONE, (Action.SEND_DONE,)),
     # Late or double news of what has been settled.
     **_stay(_THE_END, (*_UNANSWERED, Event.CANCELLED)),
     **_stay((Phase.ROLLED_BACK,), (Event.TARGET_REFUSED,)),
-    **_stay((Phase.DONE,), (Event.TARGET_PREPARED, Event.TARGET_READY, Event.TARGET_HELD)),
+    **_stay((Phase.DONE, Phase.TAKEN_BACK), (Event.TARGET_PREPARED, Event.TARGET_READY)),
+    **_stay((Phase.DONE,), (Event.TARGET_HELD, Event.TARGET_SETTLED)),
+    **_stay((Phase.TAKEN_BACK,), (Event.TARGET_RUNNING, Event.TARGET_RETURNED)),
     **_stay((Phase.PRECOPY, Phase.FROZEN, Phase.SENDING), (Event.TARGET_PREPARED,)),
     **_stay((Phase.COMMITTED, Phase.IN_DOUBT), (Event.TARGET_PREPARED, Event.TARGET_READY)),
 }
@@ -145,6 +189,9 @@ TRANSITIONS: Transitions = {
 JOURNALED: Mapping[Action, Phase] = {
     Action.JOURNAL_PREPARED: Phase.PREPARED,
     Action.JOURNAL_COMMITTED: Phase.COMMITTED,
+    Action.JOURNAL_KEEPING: Phase.KEEPING,
+    Action.JOURNAL_RETURNING: Phase.RETURNING,
+    Action.JOURNAL_TAKEN_BACK: Phase.TAKEN_BACK,
     Action.JOURNAL_DONE: Phase.DONE,
     Action.JOURNAL_ROLLED_BACK: Phase.ROLLED_BACK,
     Action.JOURNAL_RECLAIMED: Phase.RECLAIMED,

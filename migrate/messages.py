@@ -156,13 +156,14 @@ class Offer(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(Message):
-    """Target has reserved room, name, address and sandbox. Bulk may come."""
+    """Target has reserved room, name, address and sandbox. Bulk may come. ``gives_back``: it knows ``give-back``."""
 
     TYPE: ClassVar[str] = "prepared"
     move_id: MoveId
     versions: Versions = field(default_factory=dict)
     packing: Lines = ()
     shared: Flag = False  # whether it can take shared memory apart from CRIU's images
+    gives_back: Flag = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,8 +353,8 @@ class Ask(Message):
 @dataclass(frozen=True, kw_only=True)
 class Answer(Message):
     """``held``: send COMMIT again. ``committed``: COMMIT is on this disk, running will follow. ``refused``: reclaim.
-
-    ``lost``: it ran here and was killed, because memory did not arrive that it could not live without.
+    ``lost``: it ran here and was killed, because memory did not arrive that it could not live without. ``returned``:
+    it ran here and was killed to be given back; ``settled``: it will not be given back.
     """
 
     TYPE: ClassVar[str] = "answer"

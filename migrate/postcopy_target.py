@@ -16,6 +16,7 @@ from typing import Any
 from migrate import messages
 from migrate.errors import ProtocolViolation
 from migrate.incoming import memory_of
+from migrate.messages_kept import Keeping
 from migrate.packing import unpacking
 from migrate.verify_target import ExpectedMemory
 from runtime.memory.pager import Pager, PagerDied
@@ -31,7 +32,7 @@ FILL_TIMEOUT_S = 3600.0
 MISSING_MARK = "memory-missing"
 # In the container's directory: the pager died, and the container with it.
 DEATH_RECORD = "pager-died.json"
-LAST_WORDS = (messages.Done.TYPE, messages.Discard.TYPE)
+LAST_WORDS = (messages.Done.TYPE, Keeping.TYPE, messages.Discard.TYPE)
 
 
 class RemoteFeed:

@@ -13,7 +13,9 @@ from migrate import machine
 from migrate.arrivals import at_work, report_loss, settle_arrival, undo_refused
 from migrate.asking import ask
 from migrate.errors import MigrateError
+from migrate.giving_back import finish
 from migrate.journal import MoveJournal, close_journal, read_all
+from migrate.kept_copy import settle_kept
 from runtime.api import Container, Status
 from runtime.container import Containers
 from runtime.criu.dump import wake_after_dead_dump
@@ -23,7 +25,10 @@ from runtime.linux.rcu import turn_off_what_is_left
 from transport.api import TransportError
 
 _SOURCE_BEFORE_COMMIT = {"PREPARED", "PRECOPY", "FROZEN", "SENDING"}
-_SETTLED = {"DONE", "ROLLED_BACK", "RECLAIMED", "CONFIRMED", "REFUSED", "RESUMED"}
+_SETTLED = {"DONE", "ROLLED_BACK", "RECLAIMED", "CONFIRMED", "REFUSED", "RESUMED", "SETTLED"}
+# Of a copy that is, or was, kept in case it is to come back.
+_KEPT = {"KEEPING", "RETURNING", "TAKEN_BACK"}
+_GIVEN_BACK = {"RETURNING", "RETURNED"}
 
 
 def recover(host: HostConfig) -> list[str]:
@@ -43,9 +48,15 @@ def recover(host: HostConfig) -> list[str]:
                 undo_refused(host, journal)
             continue
         with contextlib.suppress(Busy):
-            told += _source(host, journal) if journal.side == "source" else settle_arrival(host, journal)
+            told += _unsettled(host, journal)
     _remove_kept_files(host, journals)
     return told
+
+
+def _unsettled(host: HostConfig, journal: MoveJournal) -> list[str]:
+    if journal.side == "source":
+        return settle_kept(host, journal) if journal.phase in _KEPT else _source(host, journal)
+    return finish(host, journal) if journal.phase in _GIVEN_BACK else settle_arrival(host, journal)
 
 
 def _remove_kept_files(host: HostConfig, journals: Sequence[MoveJournal]) -> None:
@@ -53,7 +64,8 @@ def _remove_kept_files(host: HostConfig, journals: Sequence[MoveJournal]) -> Non
     directory = host.state_dir / "moves"
     for name in os.listdir(directory) if directory.exists() else ():
         known = [journal for journal in journals if journal.move_id == name]
-        if known and all(journal.phase in _SETTLED and not at_work(journal) for journal in known):
+        over = _SETTLED | _KEPT | _GIVEN_BACK
+        if known and all(journal.phase in over and not at_work(journal) for journal in known):
             shutil.rmtree(directory / name, ignore_errors=True)
 
 

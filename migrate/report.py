@@ -21,6 +21,8 @@ class Outcome(StrEnum):
     IN_DOUBT = "in_doubt"
     LOST = "lost"
     REFUSED = "refused"
+    RETURNED = "returned"
+    """It ran on the target, and runs on the source again, as it was at the freeze."""
 
 
 @dataclass(frozen=True, kw_only=True)

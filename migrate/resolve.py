@@ -15,7 +15,9 @@ from migrate import machine, target_machine
 from migrate.arrivals import undo_reservation
 from migrate.errors import MoveRefused, StillInDoubt
 from migrate.journal import MoveJournal, close_journal, read_all
+from migrate.kept_copy import kept_copy
 from migrate.recover import drop_copy, recover
+from runtime.api import Status
 from runtime.container import Containers
 from runtime.criu.dump import wake_after_dead_dump
 from runtime.errors import NotFound, WrongState
@@ -24,6 +26,12 @@ from runtime.host import HostConfig
 Keep = Literal["source", "target"]
 CANCEL_WAIT_S = 90.0
 CANCEL_POLL_S = 0.05
+_DOUBTFUL = {
+    ("source", "COMMITTED"),
+    ("target", "COMMIT_LOGGED"),
+    ("source", "RETURNING"),
+    ("target", "RETURNING"),
+}
 _HELD_BY_MOVE = re.compile(r"move to (?P<target>\S+) \(pid (?P<pid>\d+)\)")
 
 
@@ -50,17 +58,39 @@ def decide(host: HostConfig, reference: str, keep: Keep, *, other_side_is_fenced
     """
     container_id = _container_id(host, reference)
     told = list(recover(host))
+    kept = _decide_kept(host, container_id, keep, other_side_is_fenced)
+    if kept is not None:
+        return [*told, kept]
     doubtful = _open(host, container_id)
     if not doubtful:
         raise WrongState(f"no move of {reference} is in doubt here", hint="cmigrate history shows how moves ended")
     if not other_side_is_fenced:
-        raise StillInDoubt(
-            f"to keep the {keep}, the other host must not be able to run {reference}",
-            hint="switch it off or see that no copy runs there; then add --other-side-is-fenced",
-        )
+        raise _must_be_fenced(keep, reference)
     for journal in doubtful:
         told.append(_decide_source(host, journal, keep) if journal.side == "source" else _decide_target(host, journal))
     return told
+
+
+def _must_be_fenced(keep: Keep, reference: str) -> StillInDoubt:
+    return StillInDoubt(
+        f"to keep the {keep}, the other host must not be able to run {reference}",
+        hint="switch it off or see that no copy runs there; then add --other-side-is-fenced",
+    )
+
+
+def _decide_kept(host: HostConfig, container_id: str, keep: Keep, fenced: bool) -> str | None:
+    """Of a copy that is kept here in case it is to come back; None where none is."""
+    containers = Containers(host)
+    try:
+        if containers.get(container_id).state.status is not Status.KEPT:
+            return None
+    except NotFound:
+        return None
+    with containers.locked(container_id, "resolve", wait_s=1.0) as container:
+        copy = kept_copy(host, container)
+        if keep == "source" and not fenced:
+            raise _must_be_fenced(keep, container.name)
+        return copy.decide(keep)
 
 
 def _decide_source(host: HostConfig, journal: MoveJournal, keep: Keep) -> str:
@@ -89,7 +119,7 @@ def _open(host: HostConfig, container_id: str) -> list[MoveJournal]:
     for journal in read_all(host.journal_dir):
         if journal.damage or not journal.records:
             continue
-        in_doubt = (journal.side, journal.phase) in (("source", "COMMITTED"), ("target", "COMMIT_LOGGED"))
+        in_doubt = (journal.side, journal.phase) in _DOUBTFUL
         if in_doubt and journal.records[0].details.get("container") == container_id:
             found.append(journal)
     return found

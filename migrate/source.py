@@ -14,13 +14,16 @@ from typing import Any, TypeVar
 from migrate import messages
 from migrate.asking import bring_memory, not_seen_complete, until_given_up
 from migrate.causes import event_of
+from migrate.departure import UndoWindow, keep_copy, leave_record, must_give_back
 from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack, name_peer
+from migrate.filtering import load_filter
 from migrate.frozen_state import send_frozen_state
 from migrate.guards import CallOff, garbage_collector_off, signals_ignored
 from migrate.journal import Journal
 from migrate.links import Session
 from migrate.machine import JOURNALED, Action, Event, Phase, step
 from migrate.memory_source import DifferenceSender, LiveMemory, PageThread
+from migrate.messages_kept import Keeping
 from migrate.observe import Held, PhaseEnded, PhaseStarted, Warning
 from migrate.outgoing import Outgoing, Pace
 from migrate.phases import PhaseClock
@@ -29,15 +32,14 @@ from migrate.postcopy_source import KeptMemory
 from migrate.precopy import Budget
 from migrate.rounds import Gauges, Rounds, untracked_warning
 from migrate.verify_source import send_hashes
-from runtime.api import Container, Status
+from runtime.api import Container
 from runtime.connections import TcpPolicy
 from runtime.container import Containers, open_tree_roots
 from runtime.criu.binary import CriuBinary
 from runtime.criu.dump import HeldDump
-from runtime.criu.filter.build import build_filter
 from runtime.criu.filter.table import PageFilter
 from runtime.criu.pages import page_socketpair
-from runtime.errors import CriuFailed, MissingFeature, RuntimeFault
+from runtime.errors import CriuFailed
 from runtime.host import HostConfig
 from runtime.memory.tracker import make_tracker
 from runtime.memory.tracker_still import StillTracker
@@ -75,6 +77,7 @@ class SourceMove:
         make_report: Callable[[SourceMove], Mapping[str, Any]],
         tcp: TcpPolicy = "keep",
         max_blackout_ms: float | None = None,
+        window: UndoWindow | None = None,
     ) -> None:
         self._containers = Containers(host)
         self._host = host
@@ -106,6 +109,7 @@ class SourceMove:
         self._call_off = CallOff(max_blackout_ms)
         self._budget = budget
         self._verify = verify
+        self._window = window
         self.clock = PhaseClock()
         self.rounds: Rounds | None = None
         self.complete: messages.Complete | None = None
@@ -125,6 +129,8 @@ class SourceMove:
             Action.SEND_STATE: self._send_state,
             Action.JOURNAL_COMMITTED: lambda: self._write("COMMITTED"),
             Action.SEND_COMMIT: lambda: self._send(commit),
+            Action.JOURNAL_KEEPING: lambda: self._write("KEEPING", self._window.begin() if self._window else None),
+            Action.LET_GO: self._let_go,
             Action.JOURNAL_DONE: lambda: self._write("DONE"),
             Action.KILL_COPY: self._kill_copy,
             Action.SEND_DONE: self._send_done,
@@ -156,6 +162,7 @@ class SourceMove:
         self._mark("prepare")
         self._on(Event.START)
         self.prepared = self._hear(messages.Prepared)
+        must_give_back(self.prepared.gives_back, self._window)
         self._out.pace.packer.allow(self.prepared.packing)
         if self._live is not None and self.prepared.shared:
             self._live.take_shared_apart(self._filter, in_rounds=self._mode in ("precopy", "hybrid"))
@@ -175,7 +182,10 @@ class SourceMove:
                 self.running = self._hear(messages.Running, kept=self.kept)
             self._mark("finish")
         lost = bring_memory(self.kept, self._host, self._session, self._move_id, FIRST_EPOCH)
-        self._on(Event.TARGET_RUNNING)
+        if self._window is None:
+            self._on(Event.TARGET_RUNNING)
+        else:
+            self._keep()
         if lost is not None:
             raise lost
 
@@ -192,7 +202,7 @@ class SourceMove:
         """Roll back where that is still ours to decide; raises what to tell the operator."""
         name_peer(error, self._session.entry.name)
         self._given_up = isinstance(error, PeerFailed)
-        if self._phase is Phase.DONE:
+        if self._phase in (Phase.DONE, Phase.KEEPING):
             self._observer.on_event(not_seen_complete(error, self._container.name))
             return
         if self._phase in (Phase.COMMITTED, Phase.IN_DOUBT) and not isinstance(error, MoveRefused):
@@ -238,7 +248,7 @@ class SourceMove:
         self._undo.callback(self._work.close)
         self._work.make()
         self._undo.callback(self._dump.rollback)
-        self._filter = self._load_filter()
+        self._filter = load_filter(self._host.state_dir, self._closing, self._observer)
         if self._mode == "stopcopy":
             self._dump.prepare(page_filter=self._filter)
             return
@@ -251,16 +261,6 @@ class SourceMove:
         self._live.keep_back = self._mode in NEED_CONSENT
         self._undo.callback(self._live.close)
         self._pages = PageThread(ours, self._criu.version, DifferenceSender(self._out, self._live))
-
-    def _load_filter(self) -> PageFilter | None:
-        """Optional: without a compiler CRIU walks all memory, and dumps connection tracking that nobody restores."""
-        try:
-            found = PageFilter(build_filter(self._host.state_dir / "cache"), without_conntrack=True)
-        except (MissingFeature, OSError) as error:
-            self._observer.on_event(Warning(what=f"the dump goes without the page filter: {error}"))
-            return None
-        self._closing.callback(found.close)
-        return found
 
     def _send_discard(self) -> None:
         with contextlib.suppress(TransportError):
@@ -378,19 +378,19 @@ class SourceMove:
         self._undo.pop_all()
         self._work.close()
         self._containers.clean_up(self._container.id)
-        self._forward_ports()
-        # Until the target is complete the files stay, for whoever has to find out what became of it.
-        gone = dataclasses.replace(
-            self._container.state,
-            status=Status.MOVED,
-            init_pid=0,
-            init_start_ticks=0,
-            moved_to=self._session.entry.name,
-        )
-        self._containers.store.write_state(self._container.id, gone)
+        leave_record(self._containers, self._container, self._session.entry.name, self._observer)
 
-    def _forward_ports(self) -> None:
-        try:
-            self._containers.forward_ports(self._container.spec)
-        except RuntimeFault as error:
-            self._observer.on_event(Warning(what=f"published ports do not lead to the target from here: {error}"))
+    def _keep(self) -> None:
+        with signals_ignored():
+            self._on(Event.TARGET_RUNNING_KEEP)
+        with contextlib.suppress(TransportError):
+            self._send(Keeping(move_id=self._move_id, epoch=FIRST_EPOCH))
+            self._mark("complete")
+            self.complete = self._hear(messages.Complete, COMPLETE_TIMEOUT_S, self.kept)
+
+    def _let_go(self) -> None:
+        assert self._window is not None
+        self._dump.stay_frozen()
+        self._undo.close()
+        target, move_id = self._session.entry.name, self._move_id
+        keep_copy(self._containers, self._container, target, move_id, self._window, self._observer)

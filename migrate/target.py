@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from migrate import messages
+from migrate.causes import target_event_of
 from migrate.errors import ContainerLost, MoveRefused, describe
 from migrate.incoming import Incoming
-from migrate.journal import RELEASING, Journal, boot_id
+from migrate.journal import COMPLETE, RELEASING, Journal, boot_id
 from migrate.memory_target import NoPages, PageSink, StorePages
+from migrate.messages_kept import Keeping
 from migrate.packing import WAYS
 from migrate.postcopy_target import DEATH_RECORD, MISSING_MARK, RemoteFeed
 from migrate.report import MoveReport, Outcome, ReportedError, report_from_json
@@ -32,7 +34,7 @@ from runtime.errors import CorruptData, CriuFailed
 from runtime.memory.pager import Pager, PagerDied
 from runtime.store import process_start_ticks
 from runtime.workdir import WorkDirectory
-from transport.api import Channel, ChannelClosed, Deadline, DeadlineExpired, Frame, FrameKind, TransportError
+from transport.api import Channel, Deadline, Frame, FrameKind, TransportError
 
 # The source may be busy for long between two frames while CRIU walks memory there, but not for ever.
 IDLE_TIMEOUT_S = 600.0
@@ -85,7 +87,9 @@ class TargetMove:
             Action.JOURNAL_RESERVED: self._journal_reserved,
             Action.RESERVE: self._reserve,
             Action.SEND_PREPARED: lambda: self._send(
-                messages.Prepared(move_id=move_id, versions=versions(), packing=WAYS, shared=self._shared is not None)
+                messages.Prepared(
+                    move_id=move_id, versions=versions(), packing=WAYS, shared=self._shared is not None, gives_back=True
+                )
             ),
             Action.STORE: lambda: None,
             Action.VERIFY_AND_RESTORE: self._restore_and_hold,
@@ -112,7 +116,7 @@ class TargetMove:
         except BaseException as error:
             self._error = error
             if self._phase not in (Phase.IDLE, Phase.COMMIT_LOGGED, Phase.RESUMED):
-                self._on(_event_of(error))
+                self._on(target_event_of(error))
             elif self._phase is not Phase.IDLE:
                 self._on_release_failed(error)
             if self._phase is Phase.IDLE or not isinstance(error, Exception):
@@ -307,6 +311,8 @@ class TargetMove:
         with contextlib.suppress(TransportError):
             timeout_s = DONE_TIMEOUT_S if self._feed is None else FILL_TIMEOUT_S
             message = self._channel.receive(deadline=Deadline.after(timeout_s)).message()
+            if message.get("type") == Keeping.TYPE:
+                return  # what becomes of it comes on another connection
             done = messages.Done.parse(message)
             self._on(Event.DONE)
             with contextlib.suppress(CorruptData):
@@ -341,6 +347,7 @@ class TargetMove:
             )
         self._incoming.sync()
         self._work.close()  # also where DONE did not come
+        self._journal.note(COMPLETE)
         with contextlib.suppress(TransportError):
             self._send(complete)
 
@@ -372,14 +379,6 @@ class TargetMove:
             )
         )
         return lost
-
-
-def _event_of(error: BaseException) -> Event:
-    if isinstance(error, MoveRefused):
-        return Event.DISCARD
-    if isinstance(error, DeadlineExpired):
-        return Event.TIMEOUT
-    return Event.LINK_LOST if isinstance(error, ChannelClosed) else Event.FAULT
 
 
 def handle_offer(asked: Asked, message: Mapping[str, Any]) -> None:

@@ -2,9 +2,12 @@
 
     IDLE -> RESERVED -> RECEIVING -> VERIFIED -> RESTORED_HELD -> COMMIT_LOGGED* -> RESUMED -> CONFIRMED
               any of these four -> REFUSED
-    (* on the disk before CRIU's wait is released)
+    and where it is given back:        COMMIT_LOGGED | RESUMED -> RETURNING* -> RETURNED
+                      or never:        RESUMED -> SETTLED -> CONFIRMED
+    (* on the disk before CRIU's wait is released, or before what runs here is killed)
 
-Nothing runs here before COMMIT is on this disk. REFUSED is for good: whatever comes later is answered REFUSED.
+Nothing runs here before COMMIT is on this disk. REFUSED is for good: whatever comes later is answered REFUSED. So are
+RETURNED, and CONFIRMED or SETTLED, after which nothing is given back: whichever is on this disk first.
 The rule for drivers is the one of machine.py.
 """
 
@@ -26,6 +29,12 @@ class Phase(StrEnum):
     RESUMED = "RESUMED"
     CONFIRMED = "CONFIRMED"
     REFUSED = "REFUSED"
+    SETTLED = "SETTLED"
+    """It stays, or has moved on from here, whatever the source wants."""
+    RETURNING = "RETURNING"
+    """What runs here is being killed, because the source takes the container back."""
+    RETURNED = "RETURNED"
+    """Nothing of it runs here, and nothing will."""
 
 
 class Event(StrEnum):
@@ -38,6 +47,7 @@ class Event(StrEnum):
     COMMIT = "commit"
     DISCARD = "discard"
     DONE = "done"
+    GIVE_BACK = "give-back"
     ASK = "ask"
     RESTORED = "restored"
     """CRIU waits at post-restore: no instruction has run."""
@@ -47,6 +57,10 @@ class Event(StrEnum):
     """It does not run, and what was received is still here."""
     NEVER_RAN = "never-ran"
     """It can not be brought up, with proof that no instruction of it ran here."""
+    COPY_GONE = "copy-gone"
+    """Seen: no process of it is left here."""
+    MOVED_ON = "moved-on"
+    """It is about to leave for another host."""
     FAULT = "fault"
     """CRIU, the kernel or the disk failed here, or the peer violated the protocol."""
     LINK_LOST = "link-lost"
@@ -78,6 +92,13 @@ class Action(StrEnum):
     JOURNAL_REFUSED = "journal-refused"
     SEND_REFUSED = "send-refused"
     SEND_HELD = "send-held"
+    JOURNAL_SETTLED = "journal-settled"
+    SEND_SETTLED = "send-settled"
+    JOURNAL_RETURNING = "journal-returning"
+    KILL_COPY = "kill-copy"
+    """Of a container that ran here. Idempotent."""
+    JOURNAL_RETURNED = "journal-returned"
+    SEND_RETURNED = "send-returned"
 
 
 Transitions = Mapping[tuple[Phase, Event], tuple[Phase, tuple[Action, ...]]]
@@ -85,7 +106,8 @@ Transitions = Mapping[tuple[Phase, Event], tuple[Phase, tuple[Action, ...]]]
 _BEFORE_HELD = (Phase.RESERVED, Phase.RECEIVING, Phase.VERIFIED)
 _BEFORE_COMMIT = (*_BEFORE_HELD, Phase.RESTORED_HELD)
 _TROUBLE = (Event.DISCARD, Event.FAULT, Event.LINK_LOST, Event.TIMEOUT, Event.RESTARTED)
-_RUNS = (Phase.RESUMED, Phase.CONFIRMED)
+_RUNS = (Phase.RESUMED, Phase.SETTLED, Phase.CONFIRMED)
+_GOES = (Phase.RETURNING, Phase.RETURNED)
 _WORLD = (Event.FAULT, Event.LINK_LOST, Event.TIMEOUT)
 
 _REFUSE = (Phase.REFUSED, (Action.UNDO, Action.JOURNAL_REFUSED, Action.SEND_REFUSED))
@@ -127,17 +149,35 @@ TRANSITIONS: Transitions = {
         (Action.JOURNAL_REFUSED, Action.UNDO, Action.SEND_REFUSED),
     ),
     **_stay((Phase.COMMIT_LOGGED,), (*_WORLD, Event.COMMIT, Event.ASK, Event.DONE)),
+    # The record comes first: a crash after the kill must not leave a journal that says that it runs.
+    **{
+        (phase, Event.GIVE_BACK): (Phase.RETURNING, (Action.JOURNAL_RETURNING, Action.KILL_COPY))
+        for phase in (Phase.COMMIT_LOGGED, Phase.RESUMED)
+    },
+    **_stay((Phase.RETURNING,), (Event.GIVE_BACK, Event.RESTARTED), Action.KILL_COPY),
+    (Phase.RETURNING, Event.COPY_GONE): (
+        Phase.RETURNED,
+        (Action.JOURNAL_RETURNED, Action.UNDO, Action.SEND_RETURNED),
+    ),
+    (Phase.RETURNED, Event.RESTARTED): (Phase.RETURNED, (Action.UNDO, Action.SEND_RETURNED)),
+    **_stay((Phase.RETURNED,), (Event.GIVE_BACK, Event.ASK), Action.SEND_RETURNED),
+    (Phase.RESUMED, Event.MOVED_ON): (Phase.SETTLED, (Action.JOURNAL_SETTLED,)),
+    (Phase.SETTLED, Event.DONE): (Phase.CONFIRMED, (Action.JOURNAL_CONFIRMED, Action.DROP_KEPT)),
+    **_stay((Phase.SETTLED, Phase.CONFIRMED), (Event.GIVE_BACK,), Action.SEND_SETTLED),
     (Phase.RESUMED, Event.RESTARTED): (Phase.RESUMED, (Action.SEND_RUNNING,)),
+    (Phase.SETTLED, Event.RESTARTED): (Phase.SETTLED, ()),
     (Phase.CONFIRMED, Event.RESTARTED): (Phase.CONFIRMED, (Action.DROP_KEPT,)),
     **_stay(_RUNS, (Event.COMMIT, Event.ASK), Action.SEND_RUNNING),
     (Phase.REFUSED, Event.RESTARTED): (Phase.REFUSED, (Action.UNDO, Action.SEND_REFUSED)),
     **_stay((Phase.REFUSED,), (Event.COMMIT, Event.ASK, Event.OFFER, Event.STATE), Action.SEND_REFUSED),
     # Late or double news.
     **_stay((Phase.REFUSED,), (*_WORLD, Event.BULK, Event.DISCARD)),
-    **_stay(_RUNS, _WORLD),
+    **_stay((*_RUNS, *_GOES), _WORLD),
+    **_stay(_GOES, (Event.COMMIT,)),
+    **_stay((Phase.RETURNING,), (Event.ASK,)),
     **_stay((Phase.CONFIRMED,), (Event.DONE,)),
-    **_stay((*_BEFORE_COMMIT, Phase.COMMIT_LOGGED, *_RUNS), (Event.OFFER,)),
-    **_stay((Phase.VERIFIED, Phase.RESTORED_HELD, Phase.COMMIT_LOGGED, *_RUNS), (Event.BULK, Event.STATE)),
+    **_stay((*_BEFORE_COMMIT, Phase.COMMIT_LOGGED, *_RUNS, *_GOES), (Event.OFFER,)),
+    **_stay((Phase.VERIFIED, Phase.RESTORED_HELD, Phase.COMMIT_LOGGED, *_RUNS, *_GOES), (Event.BULK, Event.STATE)),
 }
 
 JOURNALED: Mapping[Action, Phase] = {
@@ -147,6 +187,9 @@ JOURNALED: Mapping[Action, Phase] = {
     Action.JOURNAL_RESUMED: Phase.RESUMED,
     Action.JOURNAL_CONFIRMED: Phase.CONFIRMED,
     Action.JOURNAL_REFUSED: Phase.REFUSED,
+    Action.JOURNAL_SETTLED: Phase.SETTLED,
+    Action.JOURNAL_RETURNING: Phase.RETURNING,
+    Action.JOURNAL_RETURNED: Phase.RETURNED,
 }
 """Which phase each journal action writes."""
 

@@ -20,9 +20,11 @@ from migrate.errors import (
     MigrateError,
     MoveRefused,
     RolledBack,
+    TakenBack,
     Unhealthy,
     name_peer,
 )
+from migrate.giving_back import handle_done, handle_give_back, settle_stay
 from migrate.health import HealthCheck, handle_check_health, look_there
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Planned, Warning
@@ -38,6 +40,7 @@ from migrate.session import HANDLERS, Asked, package_version
 from migrate.source import FIRST_EPOCH, SourceMove
 from migrate.survey import answer_measure, survey
 from migrate.target import handle_offer, handle_preflight
+from migrate.undo import OnUnhealthy, after_the_move, window_for
 from runtime.api import Container, Status
 from runtime.connections import TcpPolicy
 from runtime.container import Containers
@@ -75,7 +78,12 @@ class MoveOptions:
     max_blackout_ms: float | None = None
     """The container runs again on the source after so long, unless COMMIT is on the disk; None: no limit."""
     health: HealthCheck | None = None
-    """Run in the container once it is on the target; its failure is reported and undoes nothing."""
+    """Run in the container once it is on the target."""
+    on_unhealthy: OnUnhealthy = "report"
+    """``return``: the copy here is kept until the health command has ended, and taken back where that failed. What the
+    container did on the target is lost then."""
+    undo_window_s: float = 0.0
+    """The copy here is kept frozen for so long after the move: undo.undo takes it back."""
     timeout_s: float = 20.0
     probe: str = ""
     """What a probe on this host asks meanwhile: an address as probing.py knows it, ``auto``, or nothing."""
@@ -89,6 +97,8 @@ def register_handlers() -> None:
     HANDLERS["direct"] = answer_direct
     HANDLERS["measure"] = answer_measure
     HANDLERS["check-health"] = handle_check_health
+    HANDLERS["give-back"] = handle_give_back
+    HANDLERS["done"] = handle_done
 
 
 def answer_preflight(asked: Asked, message: Mapping[str, Any]) -> None:
@@ -117,6 +127,14 @@ def check_consent(options: MoveOptions) -> None:
         )
 
 
+def check_window(options: MoveOptions) -> None:
+    """Raises BadInput for what can not be meant."""
+    if options.on_unhealthy == "return" and options.health is None:
+        raise BadInput(
+            "nothing tells whether the container is unhealthy", hint="give --health-cmd as well, or use --undo-window"
+        )
+
+
 def move(
     host: HostConfig,
     reference: str,
@@ -135,6 +153,7 @@ def move(
     ``connecting`` opens the session, as ``links.connect`` does.
     """
     check_consent(options)
+    check_window(options)
     must_be_writable(host)
     for line in recover(host):
         observer.on_event(Warning(what=line))
@@ -151,6 +170,7 @@ def move(
     try:
         with containers.locked(container.id, f"move to {to}", wait_s=0.5) as locked:
             report = _move_probed(host, containers, locked, course, options, held, connecting)
+            report = _look_after_copy(host, container.id, report, options, held)
     except BaseException as error:
         name_peer(error, course.target)
         if isinstance(error, RolledBack) and error.cause_code in LINK_CODES:
@@ -162,10 +182,12 @@ def move(
         raise
     if not options.dry_run:
         ReportStore(host).save(report)
-        if options.health is not None:
+        if options.health is not None and report.health is None:
             report = replace(report, health=look_there(host, report, options.health))
             ReportStore(host).save(report)
     held.on_event(MoveEnded(report=report))
+    if report.error is not None and report.outcome is Outcome.RETURNED:
+        raise TakenBack(report.error.what, hint=report.error.hint)
     if report.health is not None and not report.health.healthy:
         raise Unhealthy.seen(report.health.output, report.health.exit_code, report.container, report.target)
     if report.verify is not None and report.verify.differing:
@@ -184,6 +206,16 @@ def _undo_there(host: HostConfig, course: Course) -> None:
     ):
         session.channel.send(Frame.control(question.to_message()), deadline=deadline)
         messages.Answer.parse(session.channel.receive(deadline=deadline).message())
+
+
+def _look_after_copy(
+    host: HostConfig, container_id: str, report: MoveReport, options: MoveOptions, observer: Observer
+) -> MoveReport:
+    window = window_for(options.undo_window_s, options.on_unhealthy)
+    if window is None or options.dry_run:
+        return report
+    health, wanted = options.health, options.on_unhealthy
+    return after_the_move(host, container_id, report, window, health=health, on_unhealthy=wanted, observer=observer)
 
 
 def _move_probed(
@@ -227,12 +259,7 @@ def _move_locked(
             held.on_event(Warning(what=note))
         criu = find_criu()
         course.memory_bytes = containers.cgroup(container.id).stats().memory_bytes or 0
-        course.versions = Versions(
-            cmigrate=package_version(),
-            criu_source=criu.version_text,
-            kernel_source=platform.release(),
-            python=platform.python_version(),
-        )
+        course.versions = _own_versions(criu.version_text)
         planned = _plan(containers, container, session, course, options)
         held.on_event(_started(course))
         if planned is not None:
@@ -240,6 +267,7 @@ def _move_locked(
         _check(containers, container, session, course, held, options.tcp)
         if options.dry_run:
             return report_of(course, Outcome.REFUSED)
+        settle_stay(host, container.id)
         paced, pace = _paced(session, options)
         source = SourceMove(
             host,
@@ -255,6 +283,7 @@ def _move_locked(
             make_report=lambda done: moved_report(course, done).to_json(),
             tcp=options.tcp,
             max_blackout_ms=options.max_blackout_ms,
+            window=window_for(options.undo_window_s, options.on_unhealthy),
         )
         course.began = True
         try:
@@ -265,6 +294,11 @@ def _move_locked(
             error.add_note(f"phases: {source.clock.phases(time.monotonic())}")
             raise
         return moved_report(course, source)
+
+
+def _own_versions(criu: str) -> Versions:
+    python = platform.python_version()
+    return Versions(cmigrate=package_version(), criu_source=criu, kernel_source=platform.release(), python=python)
 
 
 def _plan(

@@ -17,13 +17,15 @@ ID_PATTERN = re.compile(r"[0-9a-f]{12}")
 
 
 class Status(StrEnum):
-    """What ``ps`` shows. ``created`` never ran; ``exited`` has an exit code; ``moved`` lives on another host."""
+    """What ``ps`` shows. ``created`` never ran; ``exited`` has an exit code; ``moved`` lives on another host; ``kept``
+    does too, and its processes are here still, frozen, in case it is to come back."""
 
     CREATED = "created"
     RUNNING = "running"
     PAUSED = "paused"
     EXITED = "exited"
     MOVED = "moved"
+    KEPT = "kept"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,7 @@ class ContainerState:
 
     ``init_pid`` and ``init_start_ticks`` (field 22 of /proc/PID/stat) together name one process for good; the same
     for the monitor. ``moved_to`` is the host a moved container lives on. ``stopped_by_user`` decides unless-stopped.
+    ``kept_until`` is when a kept one is given up, ``kept_for`` the move that left it.
     """
 
     status: Status
@@ -175,6 +178,8 @@ class ContainerState:
     restarts: int = 0
     stopped_by_user: bool = False
     moved_to: str = ""
+    kept_until: str = ""
+    kept_for: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -67,7 +67,7 @@ class Containers:
     def list(self, *, all_states: bool = True) -> Sequence[Container]:
         """Sorted by creation, newest first."""
         containers = [self._true(container) for container in self.store.containers()]
-        shown = (Status.RUNNING, Status.PAUSED)
+        shown = (Status.RUNNING, Status.PAUSED, Status.KEPT)
         kept = [c for c in containers if all_states or c.state.status in shown]
         return sorted(kept, key=lambda container: container.spec.created_at, reverse=True)
 
@@ -136,6 +136,8 @@ class Containers:
         with self.locked(reference, "start") as container:
             if container.state.status in (Status.RUNNING, Status.PAUSED):
                 raise WrongState(f"container {container.name} already runs")
+            if container.state.status in (Status.MOVED, Status.KEPT):
+                raise WrongState(f"container {container.name} has moved to {container.state.moved_to}")
             self.clean_up(container.id)
             with ExitStack() as undo:
                 undo.callback(self.clean_up, container.id)
@@ -226,6 +228,9 @@ class Containers:
     def remove(self, reference: str, *, force: bool = False) -> None:
         """Delete a container that does not run; ``force`` kills it first."""
         with self.locked(reference, "remove") as container:
+            if container.state.status is Status.KEPT and not force:
+                hint = f"`cmigrate undo {container.name}` takes it back; --force gives the copy here up"
+                raise WrongState(f"container {container.name} is kept, in case it is to come back", hint=hint)
             if container.state.status in (Status.RUNNING, Status.PAUSED):
                 if not force:
                     raise WrongState(f"container {container.name} runs", hint="stop it first, or give --force")

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "move": ("migrate.cli.move:move_command", "Move a running container to another host."),
     "plan": ("migrate.cli.plan:plan_command", "Predict what moving a container would take in each mode."),
     "cancel": ("migrate.cli.resolve:cancel_command", "Call off a move that is under way."),
+    "undo": ("migrate.cli.resolve:undo_command", "Take back a container that was moved with --undo-window."),
     "resolve": ("migrate.cli.resolve:resolve_command", "Settle a move that broke off, or decide it."),
     "checkpoint": ("migrate.cli.portable:checkpoint_command", "Write a container to a file."),
     "restore": ("migrate.cli.portable:restore_command", "Bring a container back from a file."),

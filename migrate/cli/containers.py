@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shlex
 import time
@@ -80,6 +81,7 @@ def container_line(container: Container) -> dict[str, Any]:
         "ports": [port_text(port) for port in spec.ports],
         "labels": dict(spec.labels),
         "moved_to": state.moved_to,
+        "kept_until": state.kept_until,
     }
 
 
@@ -101,6 +103,9 @@ def status_text(container: Container, now: float) -> str:
             return f"Exited ({code})" + (f" {since} ago" if since else "")
         case "moved":
             return f"Moved to {state.moved_to}"
+        case "kept":
+            left_s = max(0.0, datetime.datetime.fromisoformat(state.kept_until).timestamp() - now)
+            return f"Moved to {state.moved_to} (undo within {left_s:.0f} s)"
     return "Created"
 
 

@@ -79,14 +79,30 @@ def rounds_options(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def health_options(command: Callable[..., int]) -> Callable[..., int]:
-    """A command in the container after the move; docker's names."""
+    """A command in the container after the move, by docker's names, and whether it can come back."""
     options = (
         click.option(
             "--health-cmd",
             "health_command",
             metavar="COMMAND",
-            help="Run this by sh in the container on the target; its failure is reported (exit code 14), and undoes "
-            "nothing.",
+            help="Run this by sh in the container on the target; its failure is reported (exit code 14).",
+        ),
+        click.option(
+            "--on-unhealthy",
+            type=click.Choice(["report", "return"]),
+            default="report",
+            show_default=True,
+            help="When it fails: leave the container there, or take it back as it was at the freeze. What it has done "
+            "on the target meanwhile is lost then, and its connections end.",
+        ),
+        click.option(
+            "--undo-window",
+            "undo_window_s",
+            type=click.FloatRange(min=0, max=7 * 86400),
+            default=0.0,
+            metavar="S",
+            help="Keep the frozen copy here for so many seconds after the move: `cmigrate undo` takes the container "
+            "back as it was then. Costs its memory on this host meanwhile.",
         ),
         click.option(
             "--health-timeout",
@@ -244,6 +260,7 @@ def move_command(
     from migrate.wiring import MoveOptions, move
 
     health = {name: grouped.pop(name) for name in tuple(grouped) if name.startswith("health_")}
+    on_unhealthy, undo_window_s = grouped.pop("on_unhealthy"), grouped.pop("undo_window_s")
     observer = Noting(JsonLines(sys.stdout) if as_json else Terminal(sys.stderr))
     options = MoveOptions(
         mode=mode,  # type: ignore[arg-type]  # click.Choice has checked these
@@ -257,6 +274,8 @@ def move_command(
         bandwidth_Bps=bandwidth_Bps,
         compress=compress,  # type: ignore[arg-type]
         max_blackout_ms=max_blackout_ms,
+        on_unhealthy=on_unhealthy,
+        undo_window_s=undo_window_s,
         health=_health(**health),
         timeout_s=timeout_s,
         probe=probe,

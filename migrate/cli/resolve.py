@@ -1,4 +1,4 @@
-"""`cmigrate resolve` and `cmigrate cancel`."""
+"""`cmigrate resolve`, `cmigrate cancel` and `cmigrate undo`."""
 
 from __future__ import annotations
 
@@ -49,4 +49,21 @@ def cancel_command(container: str) -> int:
     from migrate.resolve import cancel
 
     click.echo(cancel(host, container))
+    return 0
+
+
+@click.command("undo")
+@click.argument("container")
+@click.option("--forget", is_flag=True, help="Give the copy up instead: the container stays where it is.")
+def undo_command(container: str, forget: bool) -> int:
+    """Take back a container that was moved with --undo-window.
+
+    On the host it was moved from, while the window is open. It runs on there as it was when it was frozen for the move:
+    what it has done since then, in memory and in its files, is lost, and its connections to the outside end. The copy
+    on the other host is killed first; exit code 6 when that host was asked and does not answer.
+    """
+    host = open_host()
+    from migrate.undo import undo
+
+    click.echo(undo(host, container, forget=forget))
     return 0

@@ -15,6 +15,7 @@ STYLES = {
     Outcome.IN_DOUBT: "bold red",
     Outcome.LOST: "bold red",
     Outcome.REFUSED: "yellow",
+    Outcome.RETURNED: "yellow",
 }
 
 

@@ -234,6 +234,11 @@ class HeldDump:
         self._thaw()
         self.close()
 
+    def stay_frozen(self) -> None:
+        """From now on ``rollback`` lets go of everything but the tasks: the freezer goes on holding those, and the link
+        leads nowhere (runtime/kept.py)."""
+        self._frozen = False
+
     def _thaw(self) -> None:
         if self._frozen:
             self._cgroup.thaw()

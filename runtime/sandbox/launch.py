@@ -132,7 +132,9 @@ class MonitorLaunch:
         return ""
 
 
-def ask_monitor(host: HostConfig, container_id: str, op: str, *, timeout_s: float | None = 5.0) -> dict[str, Any]:
+def ask_monitor(
+    host: HostConfig, container_id: str, op: str, *, timeout_s: float | None = 5.0, **details: Any
+) -> dict[str, Any]:
     """One request to a running container's monitor (service.py lists them). Raises WrongState when there is none."""
     path = host.run_dir / container_id / "monitor.sock"
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -140,7 +142,7 @@ def ask_monitor(host: HostConfig, container_id: str, op: str, *, timeout_s: floa
         connection.settimeout(timeout_s)
         try:
             connection.connect(str(path))
-            connection.send(json.dumps({"op": op}).encode())
+            connection.send(json.dumps({"op": op, **details}).encode())
             data = connection.recv(MAX_MESSAGE_BYTES)
         except TimeoutError:
             raise ProgramFailed(

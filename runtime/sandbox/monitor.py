@@ -78,17 +78,21 @@ class Monitor:
             return 1
         for _reader, writer in self._pipes:
             os.close(writer)
-        service = Service(self._config, self._init_pid, [reader for reader, _writer in self._pipes])
+        service = Service(self._config, self._init_pid, [reader for reader, _writer in self._pipes], self._to_host)
         with contextlib.suppress(OSError):
             # A restored container was let go when "adopt" came: it stays, whether or not the caller still lives.
             self._tell({"event": "started", "init_pid": self._init_pid})
         self._control.close()
         service.loop()
-        # Out of the namespace with the container's mounts: what cleans up must see the host's, and the mounts go.
-        os.chdir("/")
-        calls.setns(self._host_mounts, calls.CLONE_NEWNS)
+        # What cleans up must see the host's mounts, and the container's go.
+        self._to_host()
         service.start_aftermath()
         return 0
+
+    def _to_host(self) -> None:
+        """Out of the namespace with the container's mounts."""
+        os.chdir("/")
+        calls.setns(self._host_mounts, calls.CLONE_NEWNS)
 
     def _tell(self, message: dict[str, Any]) -> None:
         self._control.send(json.dumps(message).encode())

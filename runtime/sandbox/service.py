@@ -4,6 +4,9 @@ Requests on RUN/monitor.sock (SOCK_SEQPACKET, one JSON datagram each way):
   {"op": "status"}  -> {"init_pid", "monitor_pid", "pipes": [inode, inode]}
   {"op": "drain"}   -> {} after everything that lay in the pipes is in the log
   {"op": "release"} -> {}: the container leaves this host; its end is no exit and not recorded
+  {"op": "keep"}    -> {}: it stays after all
+  {"op": "alarm", "after_s", "argv"} -> {}: start this program then, and again after 2, 4, 8, … seconds, at last every
+                       minute, while the container is here and released; after_s 0: never mind
   {"op": "wait"}    -> {"exit_code"} when it ends
 """
 
@@ -17,7 +20,8 @@ import selectors
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,15 @@ from runtime.logs import LogWriter
 
 PIPE_READ_BYTES = 1 << 16
 MAX_REQUEST_BYTES = 4096
+ALARM_AGAIN_S = (2.0, 60.0)
 
 
 class Service:
-    def __init__(self, config: Mapping[str, Any], init_pid: int, readers: list[int]) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], init_pid: int, readers: list[int], to_host: Callable[[], object]
+    ) -> None:
+        """``to_host`` brings a process out of the namespace with the container's mounts."""
+        self._to_host = to_host
         self._config = config
         self._init_pid = init_pid
         self._directory = Path(config["directory"])
@@ -42,6 +51,9 @@ class Service:
         self._listener = self._listen(Path(config["run_dir"]) / "monitor.sock")
         self._waiters: list[socket.socket] = []
         self._released = False
+        self._alarm_at_s = 0.0
+        self._alarm_argv: list[str] = []
+        self._alarm_again_s = ALARM_AGAIN_S[0]
         self._child_events = self._watch_children()
         self._init_fd = os.pidfd_open(init_pid)
         self._selector.register(self._init_fd, selectors.EVENT_READ, lambda _fd: None)
@@ -68,8 +80,12 @@ class Service:
         """Until the container's first process is gone; its exit is recorded before this returns."""
         status = self._reap()
         while status is None:
-            for key, _events in self._selector.select():
+            for key, _events in self._selector.select(self._until_alarm()):
                 key.data(key.fd)
+            if self._until_alarm() == 0.0:
+                self._alarm_at_s = time.monotonic() + self._alarm_again_s
+                self._alarm_again_s = min(2 * self._alarm_again_s, ALARM_AGAIN_S[1])
+                self._start(self._alarm_argv, self._to_host)
             status = self._reap()
         self._drain()
         exit_code = os.waitstatus_to_exitcode(status)
@@ -82,6 +98,10 @@ class Service:
         with contextlib.suppress(OSError):
             (Path(self._config["run_dir"]) / "monitor.sock").unlink()
         self._listener.close()
+
+    def _until_alarm(self) -> float | None:
+        """Seconds; None without one."""
+        return max(0.0, self._alarm_at_s - time.monotonic()) if self._released and self._alarm_argv else None
 
     def _reap(self) -> int | None:
         found = None
@@ -122,14 +142,15 @@ class Service:
         keep = False
         try:
             request = json.loads(connection.recv(MAX_REQUEST_BYTES) or b"{}")
-            keep = self._serve(request.get("op"), connection)
+            keep = self._serve(request, connection)
         except (OSError, ValueError):
             pass  # a client that went away or sent nonsense is its own problem
         finally:
             if not keep:
                 connection.close()
 
-    def _serve(self, op: object, connection: socket.socket) -> bool:
+    def _serve(self, request: Mapping[str, Any], connection: socket.socket) -> bool:
+        op = request.get("op")
         if op == "wait":
             self._waiters.append(connection)
             return True
@@ -138,6 +159,11 @@ class Service:
             self._answer(connection, {**pids, "pipes": self._pipe_inodes})
         elif op == "drain":
             self._drain()
+            self._answer(connection, {})
+        elif op == "alarm":
+            after_s = float(request.get("after_s", 0))
+            self._alarm_at_s = time.monotonic() + after_s
+            self._alarm_argv = [str(word) for word in request.get("argv", ())] if after_s else []
             self._answer(connection, {})
         elif op in ("release", "keep"):
             self._released = op == "release"
@@ -175,11 +201,14 @@ class Service:
 
     def start_aftermath(self) -> None:
         """What needs netlink and the rest of the program happens in a process of its own: clean-up, restart policy."""
-        if self._released:
-            return
+        if not self._released:
+            self._start([self._config["python"], "-m", "runtime.aftermath", self._config["spec"]["id"]])
+
+    def _start(self, argv: list[str], enter: Callable[[], object] | None = None) -> None:
         with open(os.devnull, "r+b") as null:
             subprocess.Popen(
-                [self._config["python"], "-m", "runtime.aftermath", self._config["spec"]["id"]],
+                argv,
+                preexec_fn=enter,
                 stdin=null,
                 stdout=null,
                 stderr=null,

@@ -47,6 +47,7 @@ TO_TARGET = {
     S.SEND_COMMIT: TEvent.COMMIT,
     S.SEND_DONE: TEvent.DONE,
     S.SEND_DISCARD: TEvent.DISCARD,
+    S.SEND_GIVE_BACK: TEvent.GIVE_BACK,
     S.ASK: TEvent.ASK,
 }
 TO_SOURCE = {
@@ -55,7 +56,17 @@ TO_SOURCE = {
     T.SEND_RUNNING: SEvent.TARGET_RUNNING,
     T.SEND_REFUSED: SEvent.TARGET_REFUSED,
     T.SEND_HELD: SEvent.TARGET_HELD,
+    T.SEND_RETURNED: SEvent.TARGET_RETURNED,
+    T.SEND_SETTLED: SEvent.TARGET_SETTLED,
 }
+# Phases in which a person may say that the target is cut off for good.
+FENCEABLE = (SPhase.IN_DOUBT, SPhase.KEEPING, SPhase.RETURNING)
+
+
+TAKEN = frozenset({SPhase.RECLAIMED, SPhase.TAKEN_BACK})
+"""Records by which the source has the token again."""
+GIVEN = frozenset({TPhase.REFUSED, TPhase.RETURNED})
+"""Records by which the target will never have it again."""
 
 
 class World(NamedTuple):
@@ -84,11 +95,11 @@ class World(NamedTuple):
 
     @property
     def source_has_token(self) -> bool:
-        return SPhase.COMMITTED not in self.source_disk or SPhase.RECLAIMED in self.source_disk
+        return SPhase.COMMITTED not in self.source_disk or bool(TAKEN & self.source_disk)
 
     @property
     def target_has_token(self) -> bool:
-        return TPhase.COMMIT_LOGGED in self.target_disk and TPhase.REFUSED not in self.target_disk and not self.fenced
+        return TPhase.COMMIT_LOGGED in self.target_disk and not GIVEN & self.target_disk and not self.fenced
 
 
 Successor: TypeAlias = tuple[str, World]
@@ -102,6 +113,8 @@ class Model:
     target_table: TargetTable = field(default_factory=lambda: target_side.TRANSITIONS)
     freezer_survives_agent: bool = True
     """The cgroup freezer holds the tasks when CRIU and agent die; ptrace alone would not."""
+    fencing: bool = True
+    """A person may cut the target off for good, which is a way out of every doubt."""
     source_recovers: Callable[[str], SPhase] = source_side.recovered
     target_recovers: Callable[[str], TPhase] = target_side.recovered
 
@@ -109,7 +122,7 @@ class Model:
         yield from self._source_steps(world)
         if not world.fenced:
             yield from self._target_steps(world)
-            if world.source is SPhase.IN_DOUBT:
+            if self.fencing and world.source in FENCEABLE:
                 yield "fence target", fence(world)
 
     # The source
@@ -136,14 +149,20 @@ class Model:
             yield SEvent.START
             return
         yield from world.to_source
+        if world.source is SPhase.COMMITTED and SEvent.TARGET_RUNNING in world.to_source:
+            yield SEvent.TARGET_RUNNING_KEEP
+        if world.source is SPhase.KEEPING:
+            yield SEvent.TAKE_BACK
+            if not world.fenced:  # it asks the target whether that has it still
+                yield SEvent.ACCEPTED
         yield from (SEvent.CANCELLED, SEvent.FAULT, SEvent.LINK_LOST, SEvent.TIMEOUT)
         if world.source is SPhase.PRECOPY:
             yield SEvent.COPIED
         if world.source is SPhase.FROZEN and world.source_tasks is Tasks.FROZEN:
             yield SEvent.DUMPED
-        if world.source is SPhase.IN_DOUBT and world.fenced:
+        if world.source in FENCEABLE and world.fenced:
             yield SEvent.KEEP_SOURCE
-        if world.source is SPhase.IN_DOUBT and world.target_tasks is Tasks.RUNNING:
+        if world.source in (SPhase.IN_DOUBT, SPhase.KEEPING) and world.target_tasks is Tasks.RUNNING:
             yield SEvent.KEEP_TARGET
 
     def _source_act(self, world: World, action: S) -> World:
@@ -203,6 +222,10 @@ class Model:
             yield from (TEvent.FAULT, TEvent.LINK_LOST, TEvent.TIMEOUT)
         if world.target is TPhase.VERIFIED and world.target_tasks is Tasks.HELD:
             yield TEvent.RESTORED
+        if world.target is TPhase.RETURNING and world.target_tasks is Tasks.NONE:
+            yield TEvent.COPY_GONE
+        if world.target is TPhase.RESUMED and world.target_tasks is Tasks.RUNNING:
+            yield TEvent.MOVED_ON
         if world.target is TPhase.COMMIT_LOGGED:
             if world.target_tasks is Tasks.RUNNING:
                 yield TEvent.RELEASED
@@ -227,6 +250,9 @@ class Model:
             if world.target_kept:
                 yield world._replace(target_tasks=Tasks.RUNNING, target_ran=True)
             yield world._replace(target_tasks=Tasks.NONE)
+        elif action is T.KILL_COPY:
+            yield world._replace(target_tasks=Tasks.NONE)
+            yield world  # a process hangs in the kernel
         elif action is T.UNDO:
             yield world._replace(target_tasks=Tasks.NONE, target_kept=False)
         elif action is T.DROP_KEPT:
@@ -259,19 +285,27 @@ def broken_invariants(world: World) -> Iterator[str]:
         yield "1: both sides hold the token"
     if world.source_tasks in live and world.target_tasks in live:
         yield "1: two copies run"
+    if {TPhase.SETTLED, TPhase.RETURNING} <= t_disk:
+        yield "1: the target gives back what has moved on"
     here = world.source_tasks is not Tasks.NONE
     there = world.target_tasks is Tasks.RUNNING or (TPhase.COMMIT_LOGGED in t_disk and world.target_kept)
     if not here and not there:
         yield "2: no copy is left"
+    if not here and TPhase.RETURNING in t_disk:
+        yield "2: the source threw its copy away, and the target gives its own back"
     if not here and not (TPhase.COMMIT_LOGGED in t_disk and SPhase.DONE in s_disk):
         yield "2: the source threw its copy away without a durable COMMIT_LOGGED there and DONE here"
     # What never ran there is still here as it was; what ran can only be brought up again from what was kept.
     if world.target_has_token and world.target_ran and not world.target_kept and SPhase.DONE not in s_disk:
         yield "2: the target threw away what it kept before the source was done"
+    runs_there = (TPhase.RESUMED, TPhase.SETTLED, TPhase.CONFIRMED)
+    if world.target in runs_there and world.target_tasks is Tasks.NONE and not world.fenced:
+        yield f"2: what ran was killed on the target while {world.target}"
     for message, phase in (
         (TEvent.OFFER, SPhase.PREPARED),
         (TEvent.COMMIT, SPhase.COMMITTED),
         (TEvent.DONE, SPhase.DONE),
+        (TEvent.GIVE_BACK, SPhase.RETURNING),
     ):
         if message in world.to_target and phase not in s_disk:
             yield f"3: {message} was sent before {phase} was on the source's disk"
@@ -280,15 +314,23 @@ def broken_invariants(world: World) -> Iterator[str]:
         (SEvent.TARGET_READY, TPhase.RESTORED_HELD),
         (SEvent.TARGET_RUNNING, TPhase.COMMIT_LOGGED),
         (SEvent.TARGET_REFUSED, TPhase.REFUSED),
+        (SEvent.TARGET_RETURNED, TPhase.RETURNED),
     ):
         if answer in world.to_source and where not in t_disk:
             yield f"3: {answer} was sent before {where} was on the target's disk"
-    if world.source in (SPhase.SENDING, SPhase.COMMITTED, SPhase.IN_DOUBT) and world.source_tasks in live:
+    if SEvent.TARGET_SETTLED in world.to_source and not {TPhase.SETTLED, TPhase.CONFIRMED} & t_disk:
+        yield "3: settled was sent before that was on the target's disk"
+    if TPhase.RETURNED in t_disk and world.target_tasks is not Tasks.NONE:
+        yield "3: RETURNED is on the target's disk, and its copy lives"
+    held = (SPhase.SENDING, SPhase.COMMITTED, SPhase.IN_DOUBT, SPhase.KEEPING, SPhase.RETURNING)
+    if world.source in held and world.source_tasks in live:
         yield f"4: the source's tasks run while {world.source}"
     if world.target_tasks in live and TPhase.COMMIT_LOGGED not in t_disk:
         yield "5: the target started on its own"
-    if SPhase.COMMITTED in s_disk and world.source_tasks in live and SPhase.RECLAIMED not in s_disk:
+    if SPhase.COMMITTED in s_disk and world.source_tasks in live and not TAKEN & s_disk:
         yield "5: the source thawed after COMMITTED"
+    if SPhase.TAKEN_BACK in s_disk and TPhase.RETURNED not in t_disk and not world.fenced:
+        yield "5: the source took it back without a durable RETURNED there"
     if SPhase.RECLAIMED in s_disk and TPhase.REFUSED not in t_disk and not world.fenced:
         yield "5: the source reclaimed without a durable REFUSED there"
 
@@ -300,6 +342,9 @@ def is_good_end(world: World) -> bool:
     if world.source is SPhase.DONE:
         runs = world.target is TPhase.CONFIRMED and world.target_tasks is Tasks.RUNNING
         return runs and world.source_tasks is Tasks.NONE and not world.target_kept
+    if world.source is SPhase.TAKEN_BACK and world.source_tasks is Tasks.RUNNING:
+        gone = world.target_tasks is Tasks.NONE and not world.target_kept
+        return world.fenced or (world.target is TPhase.RETURNED and gone)
     if world.source is SPhase.ROLLED_BACK and world.source_tasks is Tasks.RUNNING:
         return world.fenced or (world.target in (TPhase.IDLE, TPhase.REFUSED) and world.target_tasks is Tasks.NONE)
     return False
