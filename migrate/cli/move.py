@@ -135,6 +135,13 @@ def health_options(command: Callable[..., int]) -> Callable[..., int]:
     return command
 
 
+def _afterwards(grouped: dict[str, Any]) -> dict[str, Any]:
+    """What ``health_options`` has put among the others, which it is taken out of, as MoveOptions names it."""
+    health = {name: grouped.pop(name) for name in tuple(grouped) if name.startswith("health_")}
+    kept = {name: grouped.pop(name) for name in ("on_unhealthy", "undo_window_s")}
+    return {**kept, "health": _health(**health)}
+
+
 def _health(
     *, health_command: str | None, health_timeout_s: float, health_retries: int, health_interval_s: float
 ) -> HealthCheck | None:
@@ -259,8 +266,7 @@ def move_command(
     from migrate.observe import JsonLines, Terminal
     from migrate.wiring import MoveOptions, move
 
-    health = {name: grouped.pop(name) for name in tuple(grouped) if name.startswith("health_")}
-    on_unhealthy, undo_window_s = grouped.pop("on_unhealthy"), grouped.pop("undo_window_s")
+    afterwards = _afterwards(grouped)
     observer = Noting(JsonLines(sys.stdout) if as_json else Terminal(sys.stderr))
     options = MoveOptions(
         mode=mode,  # type: ignore[arg-type]  # click.Choice has checked these
@@ -274,9 +280,7 @@ def move_command(
         bandwidth_Bps=bandwidth_Bps,
         compress=compress,  # type: ignore[arg-type]
         max_blackout_ms=max_blackout_ms,
-        on_unhealthy=on_unhealthy,
-        undo_window_s=undo_window_s,
-        health=_health(**health),
+        **afterwards,
         timeout_s=timeout_s,
         probe=probe,
     )
