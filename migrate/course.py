@@ -27,6 +27,7 @@ class Course:
     memory_bytes: int = 0
     why: str = ""
     predicted_ms: float | None = None
+    link_Bps: float | None = None
     frozen_ms: float | None = None
     began: bool = False
     versions: Versions = field(default_factory=Versions)

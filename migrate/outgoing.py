@@ -38,6 +38,8 @@ class Pace:
     packer: Packer = field(default_factory=Packer)
     take: Callable[[int], float] = lambda _bytes: 0.0
     lift: Callable[[], None] = lambda: None
+    switchover_Bps: float | None = None
+    """What the link takes when it is lifted, where that was measured."""
 
 
 class Outgoing:

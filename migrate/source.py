@@ -302,7 +302,8 @@ class SourceMove:
         gauges = Gauges(
             page_wire_bytes=lambda: self._out.sent_bytes["pages"], cpu_s=lambda: self._cgroup.stats().cpu_usage_s
         )
-        self.rounds = Rounds(live, gauges, CpuThrottle(self._cgroup, own_cpus=own_cpus), self._observer, self._budget)
+        throttle, fast = CpuThrottle(self._cgroup, own_cpus=own_cpus), self._out.pace.switchover_Bps
+        self.rounds = Rounds(live, gauges, throttle, self._observer, self._budget, switchover_rate_Bps=fast)
         if self.rounds.run().action == "postcopy":
             live.keep_back = True
         if warning := untracked_warning(live.facts().untracked):

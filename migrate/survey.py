@@ -36,13 +36,14 @@ PROBE_TIMEOUT_S = 30.0
 LOOK_AT_FILES_S = 0.1
 
 
-def measure_rate_Bps(channel: Channel) -> float:
-    """Bytes a second that the target takes in, with everything that costs on the way."""
+def measure_rate_Bps(channel: Channel, most_bytes: int = PROBE_BYTES[-1]) -> float:
+    """Bytes a second that the target takes in, with everything that costs on the way. Sends the first probe and no more
+    than ``most_bytes`` in the other."""
     deadline = Deadline.after(PROBE_TIMEOUT_S)
     # No link's compression is to make it look faster than it is.
     block = os.urandom(PROBE_FRAME_BYTES)
     rate = 0.0
-    for size in PROBE_BYTES:
+    for size in (PROBE_BYTES[0], *(min(size, most_bytes) for size in PROBE_BYTES[1:] if most_bytes > PROBE_BYTES[0])):
         begin = time.monotonic()
         channel.send(Frame.control({"type": "measure", "bytes": size}), deadline=deadline)
         for offset in range(0, size, PROBE_FRAME_BYTES):

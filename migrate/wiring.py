@@ -38,7 +38,7 @@ from migrate.report import MoveReport, Outcome, Versions
 from migrate.reports import ReportStore
 from migrate.session import HANDLERS, Asked, package_version
 from migrate.source import FIRST_EPOCH, SourceMove
-from migrate.survey import answer_measure, survey
+from migrate.survey import answer_measure, measure_rate_Bps, survey
 from migrate.target import handle_offer, handle_preflight
 from migrate.undo import OnUnhealthy, after_the_move, window_for
 from runtime.api import Container, Status
@@ -52,6 +52,8 @@ from transport.pacing import PacedChannel, TokenBucket
 
 PREFLIGHT_TIMEOUT_S = 30.0
 UNDO_TIMEOUT_S = 15.0
+MEASURED_S = 0.1
+"""The link is measured with no more than a limit on bandwidth lets through in so long."""
 BURST_S = 0.05
 """A limit on bandwidth is kept on average over so long."""
 LINK_CODES = ("channel-closed", "deadline", "transport", "connect")
@@ -268,7 +270,7 @@ def _move_locked(
         if options.dry_run:
             return report_of(course, Outcome.REFUSED)
         settle_stay(host, container.id)
-        paced, pace = _paced(session, options)
+        paced, pace = _paced(session, course, options)
         source = SourceMove(
             host,
             container,
@@ -309,6 +311,7 @@ def _plan(
         plan = choose_mode(options.mode)
     else:
         facts = survey(containers, container, session.channel)
+        course.link_Bps = facts.rate_Bps
         if options.bandwidth_Bps is not None:
             facts = replace(facts, bandwidth_Bps=options.bandwidth_Bps)
         limit_ms = options.budget.downtime_limit_ms
@@ -319,14 +322,17 @@ def _plan(
     return Planned(mode=plan.mode, why=plan.reason, predictions=predictions) if predictions else None
 
 
-def _paced(session: Session, options: MoveOptions) -> tuple[Session, Pace]:
+def _paced(session: Session, course: Course, options: MoveOptions) -> tuple[Session, Pace]:
     """The session with a limit on what it sends, if there is to be one, and how bulk goes."""
     packer = Packer(options.compress)
     if options.bandwidth_Bps is None:
         return session, Pace(packer=packer)
     bucket = TokenBucket(rate_Bps=options.bandwidth_Bps, burst_bytes=int(options.bandwidth_Bps * BURST_S))
+    if course.link_Bps is None and course.mode == "precopy":
+        # The limit ends at the freeze: how much may be left then depends on what the link takes without it.
+        course.link_Bps = measure_rate_Bps(session.channel, int(options.bandwidth_Bps * MEASURED_S))
     channel = PacedChannel(session.channel, bucket)
-    pace = Pace(packer=packer, take=bucket.take, lift=channel.lift)
+    pace = Pace(packer=packer, take=bucket.take, lift=channel.lift, switchover_Bps=course.link_Bps)
     return replace(session, channel=channel), pace
 
 

@@ -1,6 +1,7 @@
 """Measuring the link, between two ends in one process."""
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from migrate.messages import Hello
 from migrate.session import Asked
 from migrate.survey import MAX_PROBE_BYTES, answer_measure, measure_rate_Bps
 from runtime.host import HostConfig
-from transport.api import Channel, Deadline, Frame
+from transport.api import Channel, ChannelClosed, Deadline, Frame
 from transport.testing.memory import memory_pair
 
 
@@ -32,6 +33,28 @@ def test_a_link_is_measured_by_what_the_other_end_took_in(tmp_path: Path) -> Non
     with ours, theirs:
         assert measure_rate_Bps(ours) > 1e6
         assert not ours.readable(0)
+
+
+@pytest.mark.parametrize(("most_bytes", "sent"), [(0, [256 << 10]), (1 << 20, [256 << 10, 1 << 20])])
+def test_a_measurement_sends_no_more_than_it_may(tmp_path: Path, most_bytes: int, sent: list[int]) -> None:
+    ours, theirs = memory_pair()
+    heard: list[object] = []
+
+    def answer() -> None:
+        with suppress(ChannelClosed):
+            for _ in sent:
+                message = theirs.receive(deadline=Deadline.after(60)).message()
+                heard.append(message["bytes"])
+                answer_measure(asked(theirs, tmp_path), message)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    with ours, theirs:
+        measure_rate_Bps(ours, most_bytes)
+        # A probe that took long ends a measurement early.
+        assert heard == sent[: len(heard)]
+        assert not ours.readable(0)
+    thread.join(1)
 
 
 @pytest.mark.parametrize("count", [0, -1, MAX_PROBE_BYTES + 1, "many", None])
