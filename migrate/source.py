@@ -292,7 +292,7 @@ class SourceMove:
         if self._live is not None and self._mode != "diskless":
             self._mark("rounds")
             self._copy_memory(self._live)
-        self._dump.note_neighbours()
+        self._dump.look_ahead()
 
     def _copy_memory(self, live: LiveMemory) -> None:
         if self._mode == "postcopy":

@@ -69,13 +69,14 @@ class HeldDump:
         self._cgroup = containers.cgroup(container.id)
         self._network = ContainerNetwork(host_for(containers.host, container.spec.network), container.id)
         self._session: CriuSession | None = None
+        self._filter: PageFilter | None = None
         self._tcp_table: TcpTable | None = None
         self._grace_periods = ExpeditedGracePeriods(containers.host.run_dir)
         self._frozen = False
         self.mounts: tuple[ExternalMount, ...] = ()
         self.pipes: tuple[int, int] = (0, 0)
         self.neighbours: dict[str, str] = {}
-        """Address -> MAC, as of the last ``note_neighbours``."""
+        """Address -> MAC, as of the last ``look_ahead``."""
         self.unaccepted = 0
         """Connections that nobody accepted until the end: they will be reset."""
         self._tcp = tcp
@@ -106,6 +107,7 @@ class HeldDump:
         output = os.open(self.images / "criu-output.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         passed = [page_socket.fileno()] if page_socket else []
         environment: dict[str, str] = {}
+        self._filter = page_filter
         if page_filter is not None:
             passed += page_filter.pass_fds
             environment = page_filter.environment
@@ -128,8 +130,11 @@ class HeldDump:
         finally:
             os.close(images_fd)
 
-    def note_neighbours(self) -> None:
-        """Whom the container knows at link level goes along. To be called shortly before ``freeze``."""
+    def look_ahead(self) -> None:
+        """To be called shortly before ``freeze``: whom the container knows at link level goes along, and what its
+        mappings are CRIU need not read while it is frozen."""
+        if self._filter is not None:
+            self._filter.note_mappings(self._cgroup.pids)
         network = self.container.spec.network
         if network is not None:
             self.neighbours = known_neighbours(self._containers.host, self.container.state.init_pid, network)

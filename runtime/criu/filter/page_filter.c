@@ -1,6 +1,6 @@
 /*
  * Loaded into a dumping CRIU with LD_PRELOAD: takes pages that the target already has out of the kernel's answers, and,
- * when told so, the host's connection tracking too.
+ * when told so, the host's connection tracking too. What smaps says of a task may be given as well.
  *
  * CRIU asks which pages of a task exist with ioctl(PAGEMAP_SCAN) on /proc/PID/pagemap. For ranges listed in a table
  * that the starter of CRIU fills, this object answers "nothing here", without asking the kernel; what remains is asked
@@ -22,7 +22,7 @@
 /* A known range shorter than this is scanned together with its neighbours: 64 pages cost as much as one more call. */
 #define SHORT_BYTES (64 * 4096ULL)
 #define REGIONS 512
-#define MAGIC 0x314b434142474743ULL
+#define MAGIC 0x324b434142474743ULL
 
 #define FILTER_VARIABLE "CMIGRATE_PAGE_FILTER="
 
@@ -41,18 +41,19 @@ struct range {
 
 struct task {
 	uint64_t pid, first, count; /* of `count` ranges, sorted, from index `first` on */
+	uint64_t mappings_at, mappings_bytes; /* the text of smaps, without its counts; 0 bytes: not known */
 };
 
 struct segment {
 	uint64_t inode, major, minor, system_v; /* System V segments are numbered by themselves, on the same device */
 };
 
-/* table.py writes the same; the last seven are written here. */
+/* table.py writes the same; the last eight are written here. */
 struct table {
 	uint64_t magic, capacity, published, tasks;
 	uint64_t ranges_at; /* in bytes from the beginning; the tasks follow this header, then the segments */
 	uint64_t options, segments;
-	uint64_t loaded, calls, filtered, scans, removed_bytes, skipped_dumps, hidden_segments;
+	uint64_t loaded, calls, filtered, scans, removed_bytes, skipped_dumps, hidden_segments, mappings;
 };
 
 #define WITHOUT_CONNTRACK 1
@@ -72,6 +73,9 @@ static struct table *table;
 #define SYS_GETSOCKOPT 55
 #define SYS_LSEEK 8
 #define SYS_STATX 332
+#define SYS_WRITE 1
+#define SYS_OPENAT 257
+#define SYS_MEMFD_CREATE 319
 
 static long kernel_call(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -95,6 +99,9 @@ static long kernel_call(long number, long a, long b, long c, long d, long e, lon
 #define SYS_GETSOCKOPT 209
 #define SYS_LSEEK 62
 #define SYS_STATX 291
+#define SYS_WRITE 64
+#define SYS_OPENAT 56
+#define SYS_MEMFD_CREATE 279
 
 static long kernel_call(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -193,8 +200,8 @@ static int path_of(int fd, char *path, long room)
 	int at = 14, count = 0;
 	long length;
 
-	for (unsigned int rest = (unsigned int)fd; !count || rest; rest /= 10)
-		digits[count++] = (char)('0' + rest % 10);
+	for (unsigned int left = (unsigned int)fd; !count || left; left /= 10)
+		digits[count++] = (char)('0' + left % 10);
 	while (count)
 		link[at++] = digits[--count];
 	link[at] = 0;
@@ -205,8 +212,8 @@ static int path_of(int fd, char *path, long room)
 	return 1;
 }
 
-/* The task whose /proc/PID/pagemap this descriptor is, if it is in the table. */
-static const struct task *task_of(int fd)
+/* The task whose /proc/PID, followed by `rest`, this descriptor is, if it is in the table. */
+static const struct task *task_of(int fd, const char *rest)
 {
 	const struct task *tasks = (const struct task *)(table + 1);
 	uint64_t pid, index;
@@ -215,12 +222,13 @@ static const struct task *task_of(int fd)
 
 	if (!path_of(fd, path, sizeof(path)))
 		return 0;
-	/* "/proc/PID/pagemap"; "/PID/pagemap" when CRIU has its /proc mounted where we do not reach. */
+	/* "/proc/PID..."; "/PID..." when CRIU has its /proc mounted where we do not reach. */
 	text = after(path, "/proc/");
 	if (!text)
 		text = path + (path[0] == '/');
 	pid = number(&text);
-	if (!pid || !after(text, "/pagemap"))
+	text = pid ? after(text, rest) : 0;
+	if (!text || *text)
 		return 0;
 	for (index = 0; index < table->tasks; index++)
 		if (tasks[index].pid == pid)
@@ -364,8 +372,8 @@ __attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, 
 	if (request == PAGEMAP_SCAN && table) {
 		table->calls++;
 		if (__atomic_load_n(&table->published, __ATOMIC_ACQUIRE) && is_for_pages(argument)) {
-			task = task_of(fd);
-			if (task)
+			task = task_of(fd, "/pagemap");
+			if (task && task->count)
 				return (int)result_of(filtered_scan(fd, argument, task));
 		}
 	}
@@ -421,6 +429,59 @@ __attribute__((visibility("default"))) long lseek64(int fd, long offset, int whe
 __attribute__((visibility("default"))) long lseek(int fd, long offset, int whence)
 {
 	return lseek64(fd, offset, whence);
+}
+
+/* The task's mappings as a file of their own; a negative number when that can not be had. */
+static long mappings_of(const struct task *task)
+{
+	const char *text = (const char *)table + task->mappings_at;
+	uint64_t written = 0;
+	long fd, count;
+
+	fd = kernel_call(SYS_MEMFD_CREATE, (long)"mappings", 1 /* MFD_CLOEXEC */, 0, 0, 0, 0);
+	if (fd < 0)
+		return fd;
+	while (written < task->mappings_bytes) {
+		count = kernel_call(SYS_WRITE, fd, (long)(text + written), (long)(task->mappings_bytes - written), 0, 0, 0);
+		if (count <= 0) {
+			kernel_call(SYS_CLOSE, fd, 0, 0, 0, 0, 0);
+			return -1;
+		}
+		written += (uint64_t)count;
+	}
+	kernel_call(SYS_LSEEK, fd, 0, 0, 0, 0, 0);
+	table->mappings++;
+	return fd;
+}
+
+/* CRIU opens what it reads of a task relative to its directory in /proc. */
+static int open_at(int directory, const char *path, int flags, unsigned int mode)
+{
+	const struct task *task;
+	const char *rest;
+	long fd;
+
+	rest = table && path && !flags ? after(path, "smaps") : 0;
+	if (rest && !*rest && __atomic_load_n(&table->published, __ATOMIC_ACQUIRE)) {
+		task = task_of(directory, "");
+		if (task && task->mappings_bytes) {
+			fd = mappings_of(task);
+			if (fd >= 0)
+				return (int)fd;
+		}
+	}
+	return (int)result_of(kernel_call(SYS_OPENAT, directory, (long)path, flags, mode, 0, 0));
+}
+
+/* Variadic in libc, as ioctl. The names of a build with large files by request, and of one where all are large. */
+__attribute__((visibility("default"))) int openat64(int directory, const char *path, int flags, unsigned int mode)
+{
+	return open_at(directory, path, flags, mode);
+}
+
+__attribute__((visibility("default"))) int openat(int directory, const char *path, int flags, unsigned int mode)
+{
+	return open_at(directory, path, flags, mode);
 }
 
 struct message {

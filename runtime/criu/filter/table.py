@@ -5,22 +5,23 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy
 
+from runtime.criu.filter.mappings import MappingsBefore
 from runtime.memory.ranges import PageRanges
 
 VARIABLE = "CMIGRATE_PAGE_FILTER"
 # struct table of page_filter.c: magic, capacity, published, tasks, ranges_at, options, segments; loaded, calls,
-# filtered, scans, removed_bytes, skipped_dumps, hidden_segments.
-_HEADER = struct.Struct("=14Q")
-_TASK = struct.Struct("=3Q")
+# filtered, scans, removed_bytes, skipped_dumps, hidden_segments, mappings.
+_HEADER = struct.Struct("=15Q")
+_TASK = struct.Struct("=5Q")
 _SEGMENT = struct.Struct("=4Q")
-_MAGIC = 0x314B434142474743
+_MAGIC = 0x324B434142474743
 _PUBLISHED_AT = 16
 _COUNTERS_AT = 56
 _WITHOUT_CONNTRACK = 1
@@ -35,7 +36,8 @@ CAPACITY_BYTES = 1 << 28
 class FilterCounters:
     """What the filter did: ``calls`` of PAGEMAP_SCAN by CRIU, of which it answered ``filtered`` itself with ``scans``
     real ones; ``removed_bytes`` of address space were answered as known, populated or not. ``skipped_dumps`` are those
-    of connection tracking, ``hidden_segments`` questions for the data of shared memory that was denied."""
+    of connection tracking, ``hidden_segments`` questions for the data of shared memory that was denied; ``mappings``
+    counts the tasks whose smaps was not read."""
 
     loaded: bool
     calls: int
@@ -44,6 +46,7 @@ class FilterCounters:
     removed_bytes: int
     skipped_dumps: int = 0
     hidden_segments: int = 0
+    mappings: int = 0
 
 
 class HiddenSegment(NamedTuple):
@@ -67,6 +70,7 @@ class PageFilter:
     def __init__(self, library: Path, *, without_conntrack: bool = False) -> None:
         self._fds: list[int] = []
         self._table: mmap.mmap | None = None
+        self._before = MappingsBefore()
         try:
             self._fds.append(os.memfd_create("cmigrate-filter-table"))
             self._fds.append(os.memfd_create("cmigrate-filter"))
@@ -75,7 +79,7 @@ class PageFilter:
             os.write(code, library.read_bytes())
             self._table = mmap.mmap(table, CAPACITY_BYTES)
             self._table[: _HEADER.size] = _HEADER.pack(
-                *(_MAGIC, CAPACITY_BYTES, 0, 0, 0, _WITHOUT_CONNTRACK if without_conntrack else 0), *(0,) * 8
+                *(_MAGIC, CAPACITY_BYTES, 0, 0, 0, _WITHOUT_CONNTRACK if without_conntrack else 0), *(0,) * 9
             )
         except BaseException:
             self.close()
@@ -89,6 +93,10 @@ class PageFilter:
     @property
     def pass_fds(self) -> tuple[int, ...]:
         return tuple(self._fds)
+
+    def note_mappings(self, pids: Callable[[], Collection[int]]) -> None:
+        """Shortly before the freeze: what ``publish`` then need not leave to CRIU, see mappings.py."""
+        self._before.note(pids)
 
     def publish(
         self,
@@ -106,19 +114,23 @@ class PageFilter:
         ``segments`` are hidden as a whole.
         """
         view = self._view()
-        end = CAPACITY_BYTES
+        texts = self._before.unchanged(known)
+        end = CAPACITY_BYTES - sum(map(len, texts.values()))
         ranges_at = (_HEADER.size + len(known) * _TASK.size + len(segments) * _SEGMENT.size + 15) // 16 * 16
         tasks: list[bytes] = []
-        first = 0
+        first, text_at = 0, end
         for pid, ranges in known.items():
             bounds = numpy.asarray(ranges.bounds, dtype=numpy.uint64)
             bounds = numpy.ascontiguousarray(bounds[bounds[:, 1] - bounds[:, 0] >= shortest_bytes])
             at = ranges_at + first * 16
-            if not len(bounds) or at + bounds.nbytes > end:
-                continue
+            if at + bounds.nbytes > end:
+                bounds = bounds[:0]
             view[at : at + bounds.nbytes] = bounds.tobytes()
-            tasks.append(_TASK.pack(pid, first, len(bounds)))
+            text = texts.get(pid, b"")
+            view[text_at : text_at + len(text)] = text
+            tasks.append(_TASK.pack(pid, first, len(bounds), text_at, len(text)))
             first += len(bounds)
+            text_at += len(text)
         hidden = [
             _SEGMENT.pack(inode, os.major(device), os.minor(device), system_v) for inode, device, system_v in segments
         ]
@@ -134,7 +146,9 @@ class PageFilter:
         return self.counters().loaded
 
     def counters(self) -> FilterCounters:
-        loaded, calls, filtered, scans, removed, skipped, hidden = struct.unpack_from("=7Q", self._view(), _COUNTERS_AT)
+        loaded, calls, filtered, scans, removed, skipped, hidden, mappings = struct.unpack_from(
+            "=8Q", self._view(), _COUNTERS_AT
+        )
         return FilterCounters(
             loaded=bool(loaded),
             calls=calls,
@@ -143,6 +157,7 @@ class PageFilter:
             removed_bytes=removed,
             skipped_dumps=skipped,
             hidden_segments=hidden,
+            mappings=mappings,
         )
 
     def _view(self) -> mmap.mmap:
@@ -152,6 +167,7 @@ class PageFilter:
 
     def close(self) -> None:
         """Idempotent. CRIU's own mapping lives on until CRIU ends."""
+        self._before.close()
         if self._table is not None:
             self._table.close()
             self._table = None
