@@ -288,12 +288,12 @@ def move_command(
         with terminated_like_interrupted():
             report = move(host, container, to, options, observer)
     except BaseException as error:
+        # The report is the last line, and it holds the error.
         if as_json and observer.report is not None:
-            # The report is the last line, and it holds the error.
             return exit_code_for(error)
-        if isinstance(error, KeyboardInterrupt):
-            return fail(error, as_json=as_json)
-        raise
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+        return fail(error, as_json=as_json)
     if dry_run and not as_json:
         _say_that_it_can(report, observer)
     return 0
