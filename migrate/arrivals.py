@@ -25,6 +25,7 @@ from runtime.errors import Busy, CorruptData, NotFound, RuntimeFault
 from runtime.host import HostConfig
 from runtime.orphans import orphan_state, take_over
 from runtime.store import process_start_ticks, read_json
+from runtime.wire import remove_wires, restore_lead
 
 _BEFORE_COMMIT = {"RESERVED", "RECEIVING", "VERIFIED", "RESTORED_HELD"}
 _RUNS = {"RESUMED", "SETTLED", "CONFIRMED"}
@@ -170,8 +171,18 @@ def undo_reservation(host: HostConfig, journal: MoveJournal) -> None:
     container_id = _container_id(journal)
     if not is_here(containers, container_id):
         containers.clean_up(container_id)
+        _undo_wire(containers, journal)
         containers.store.forget_reservation(container_id, journal.move_id)
     shutil.rmtree(host.state_dir / "moves" / journal.move_id, ignore_errors=True)
+
+
+def _undo_wire(containers: Containers, journal: MoveJournal) -> None:
+    """The one that this move has made; one that led away from here leads away again."""
+    number = journal.records[0].details.get("wire")
+    network = next((spec.network for move_id, spec in containers.store.incoming() if move_id == journal.move_id), None)
+    if isinstance(number, int) and network is not None:
+        remove_wires(_container_id(journal), number=number)
+        restore_lead(containers.host, _container_id(journal), network)
 
 
 def is_here(containers: Containers, container_id: str) -> bool:

@@ -25,6 +25,7 @@ class Course:
     started_at: str = field(default_factory=utc_now)
     begin: float = field(default_factory=time.monotonic)
     memory_bytes: int = 0
+    network: str = ""
     why: str = ""
     predicted_ms: float | None = None
     link_Bps: float | None = None
@@ -113,6 +114,7 @@ def report_of(course: Course, outcome: Outcome) -> MoveReport:
         started_at=course.started_at,
         total_ms=(time.monotonic() - course.begin) * 1000,
         memory_bytes=course.memory_bytes,
+        network=course.network,
         why=course.why,
         predicted_blackout_ms=course.predicted_ms,
         versions=course.versions,

@@ -17,6 +17,7 @@ from runtime.api import Container, Status
 from runtime.container import Containers
 from runtime.errors import MissingFeature, RuntimeFault
 from runtime.kept import keep, lead_ports_away
+from runtime.wire import WireSpec
 
 # The alarm of a window must not find it open still.
 ALARM_GRACE_S = 0.2
@@ -47,16 +48,24 @@ def must_give_back(gives_back: bool, window: UndoWindow | None) -> None:
         raise MissingFeature("the target can not give a container back", hint="install the same version on both hosts")
 
 
-def leave_record(containers: Containers, container: Container, target: str, observer: Observer) -> None:
+def leave_record(
+    containers: Containers, container: Container, target: str, observer: Observer, wire: WireSpec | None = None
+) -> None:
     """Nothing of it runs here any more. Its files stay until the target is complete, for whoever has to find out what
     became of it; its published ports lead to the target for a while."""
-    _lead_ports(lambda: containers.forward_ports(container.spec), observer)
+    _lead_ports(lambda: containers.forward_ports(container.spec, wire), observer)
     gone = dataclasses.replace(container.state, status=Status.MOVED, init_pid=0, init_start_ticks=0, moved_to=target)
     containers.store.write_state(container.id, gone)
 
 
 def keep_copy(
-    containers: Containers, container: Container, target: str, move_id: str, window: UndoWindow, observer: Observer
+    containers: Containers,
+    container: Container,
+    target: str,
+    move_id: str,
+    window: UndoWindow,
+    observer: Observer,
+    wire: WireSpec | None = None,
 ) -> None:
     """It is frozen here, and stays so."""
     end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=window.seconds)
@@ -65,7 +74,7 @@ def keep_copy(
     argv = [sys.executable, "-P", "-c", _RESOLVE, "resolve", container.id]
     after_s = window.seconds + ALARM_GRACE_S if window.seconds else 0.0
     keep(containers, container, moved_to=target, move_id=move_id, until=until, after_s=after_s, argv=argv)
-    _lead_ports(lambda: lead_ports_away(containers, container), observer)
+    _lead_ports(lambda: lead_ports_away(containers, container, wire), observer)
 
 
 def _lead_ports(lead: Callable[[], object], observer: Observer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -24,6 +26,7 @@ from migrate.wire import (
 from runtime.api import ContainerSpec, spec_from_json
 from runtime.criu.options import ExternalMount
 from runtime.errors import BadInput, CorruptData
+from runtime.wire import WireSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,20 @@ def _read_finding(value: Any) -> dict[str, str]:
     return {"level": level, **{key: line.read(value.get(key, "")) for key in ("check", "what", "remedy")}}
 
 
+def _read_wire(value: Any) -> WireSpec | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise Unfit("not a wire")
+    ends = {key: text(64).read(value.get(key)) for key in ("source", "target")}
+    number, grace_s = integer(1, 2**24 - 1).read(value.get("number")), integer(0, 2**31).read(value.get("grace_s"))
+    try:
+        _ = [ipaddress.ip_address(end) for end in ends.values()]
+    except ValueError as error:
+        raise Unfit("no wire between addresses") from error
+    return WireSpec(number=number, grace_s=grace_s, **ends)
+
+
 Text = Annotated[str, text(MAX_TEXT)]
 MoveId = Annotated[str, word(64)]
 Epoch = Annotated[int, integer(1, 2**63 - 1)]
@@ -100,6 +117,7 @@ Mounts = Annotated[
 ]
 Shared = Annotated[tuple[SharedPlace, ...], list_of(Check(_read_place, asdict))]
 Pipes = Annotated[tuple[int, int], Check(_read_pipes, list)]
+Wire = Annotated[WireSpec | None, Check(_read_wire, lambda wire: None if wire is None else dataclasses.asdict(wire))]
 Lines = Annotated[tuple[str, ...], list_of(text(MAX_TEXT), 64)]
 FindingList = Annotated[tuple[Mapping[str, str], ...], list_of(Check(_read_finding, dict), 256)]
 Standing = Annotated[str, choice("held", "running", "refused", "committed", "lost", "returned", "settled")]

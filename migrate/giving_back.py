@@ -25,6 +25,7 @@ from runtime.container import Containers
 from runtime.errors import Busy, CorruptData, NotFound
 from runtime.host import HostConfig
 from runtime.kept import end_for_good
+from runtime.wire import remove_wires
 
 LOCK_WAIT_S = 8.0
 
@@ -152,6 +153,7 @@ class Stay:
             with contextlib.suppress(NotFound):
                 self._containers.refresh_names(self._containers.get(self._id).spec, gone=True)
             self._containers.clean_up(self._id)
+            remove_wires(self._id)
             self._containers.store.remove(self._id)
         shutil.rmtree(self._host.state_dir / "moves" / self._move.move_id, ignore_errors=True)
 

@@ -36,12 +36,12 @@ from migrate.fields import (
     Time,
     Times,
     Versions,
+    Wire,
 )
 from migrate.wire import MAX_TEXT, Check, Unfit, integer
 
-PROTOCOL = 1
-"""The newest protocol this version speaks."""
-OLDEST_PROTOCOL = 1
+PROTOCOL = OLDEST_PROTOCOL = 1
+"""The newest protocol this version speaks, and the oldest."""
 HELD_FLAG = 1 << 8
 """Beside CRIU's flags of a run in ``pages``: the target has these pages already, and no data follows for them."""
 
@@ -138,8 +138,8 @@ class Findings(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Offer(Message):
-    """Source asks the target to reserve everything for this move. ``way_back`` is the MAC of the source's
-    bridge where that translates addresses of the container's connections (runtime/wayback.py)."""
+    """Source asks the target to reserve everything. ``way_back`` is the MAC of its bridge, where that translates
+    addresses (runtime/wayback.py), ``wire`` leads there from other segments. ``verify``: hashes of pages will come."""
 
     TYPE: ClassVar[str] = "offer"
     move_id: MoveId
@@ -150,8 +150,8 @@ class Offer(Message):
     tree_bytes: Count = 0
     facts: Facts = field(default_factory=dict)
     verify: Flag = False
-    """Whether hashes of all pages will come, to be compared before READY."""
     way_back: Text = ""
+    wire: Wire = None
 
 
 @dataclass(frozen=True, kw_only=True)

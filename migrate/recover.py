@@ -22,6 +22,7 @@ from runtime.criu.dump import wake_after_dead_dump
 from runtime.errors import Busy, NotFound, RuntimeFault
 from runtime.host import HostConfig
 from runtime.linux.rcu import turn_off_what_is_left
+from runtime.wire import sweep
 from transport.api import TransportError
 
 _SOURCE_BEFORE_COMMIT = {"PREPARED", "PRECOPY", "FROZEN", "SENDING"}
@@ -35,6 +36,8 @@ def recover(host: HostConfig) -> list[str]:
     """Settle what can be settled without asking anybody; a line for each thing done or still open."""
     told: list[str] = []
     turn_off_what_is_left(host.run_dir)
+    with contextlib.suppress(RuntimeFault):  # next time
+        sweep()
     journals = list(read_all(host.journal_dir))
     arriving = {move_id for move_id, _spec in Containers(host).store.incoming()}
     for journal in journals:

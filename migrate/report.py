@@ -115,9 +115,10 @@ class MoveReport:
     clock; None when the move ended before anything froze. ``downtime_ms`` is the longest time without an answer
     that a probe saw, if one ran. ``direct``: over a direct connection that came about over SSH. ``memory_bytes`` is
     what the container had in memory. ``packed`` is memory that our reader sent, in bytes before it was packed, by the
-    way it went: none, lz4, zstd. ``rounds`` counts passes of pre-copy, so it is 0 without pre-copy. ``why`` the mode
-    was taken; ``predicted_blackout_ms`` by the last round, else by the plan, None without either; ``slowed_to_cpus``
-    None when the container ran at its own speed.
+    way it went: none, lz4, zstd. ``rounds`` counts passes of pre-copy, so it is 0 without pre-copy. ``network`` is how
+    the container is reached: l2 in a segment of both hosts, forward or vxlan over a wire between them; empty without a
+    network. ``why`` the mode was taken; ``predicted_blackout_ms`` by the last round, else by the plan, None without
+    either; ``slowed_to_cpus`` None when the container ran at its own speed.
     ``closed_connections`` are TCP connections of the container that were ended when it froze: "LOCAL:PORT -
     REMOTE:PORT". ``blockers`` are preflight's, as mappings with check, what and remedy.
     """
@@ -141,6 +142,7 @@ class MoveReport:
     fill: Fill | None = None
     verify: Verification | None = None
     phases: tuple[PhaseTime, ...] = ()
+    network: str = ""
     why: str = ""
     predicted_blackout_ms: float | None = None
     slowed_to_cpus: float | None = None

@@ -6,7 +6,6 @@ Until COMMIT is on this host's disk every failure ends with the container runnin
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from migrate.filtering import load_filter
 from migrate.frozen_state import send_frozen_state
 from migrate.guards import CallOff, garbage_collector_off, signals_ignored
 from migrate.journal import Journal
+from migrate.leaving import Leaving
 from migrate.links import Session
 from migrate.machine import JOURNALED, Action, Event, Phase, step
 from migrate.memory_source import DifferenceSender, LiveMemory, PageThread
@@ -45,7 +45,7 @@ from runtime.memory.tracker import make_tracker
 from runtime.memory.tracker_still import StillTracker
 from runtime.throttle import CpuThrottle
 from runtime.tree import SentContent, Snapshot, compare, mapped_inodes, scan
-from runtime.wayback import way_back
+from runtime.wire import WireSpec
 from runtime.workdir import WorkDirectory
 from transport.api import Deadline, Frame, TransportError
 
@@ -76,6 +76,7 @@ class SourceMove:
         pace: Pace,
         make_report: Callable[[SourceMove], Mapping[str, Any]],
         tcp: TcpPolicy = "keep",
+        wire: WireSpec | None = None,
         max_blackout_ms: float | None = None,
         window: UndoWindow | None = None,
     ) -> None:
@@ -106,6 +107,7 @@ class SourceMove:
         self.kept: KeptMemory | None = None
         self.closed: tuple[str, ...] = ()  # connections that the move ended
         self._undo = ExitStack()
+        self._leaving = Leaving(self._containers, container.spec, wire, observer)
         self._call_off = CallOff(max_blackout_ms)
         self._budget = budget
         self._verify = verify
@@ -244,7 +246,7 @@ class SourceMove:
     def _send_offer(self) -> None:
         spec, mode, verify = self._container.spec, self._mode, self._verify
         offer = messages.Offer(move_id=self._move_id, epoch=FIRST_EPOCH, mode=mode, spec=spec, verify=verify)
-        self._send(dataclasses.replace(offer, way_back=way_back(self._host, spec)))
+        self._send(self._leaving.get_ready(offer, self._undo))
         self._undo.callback(self._work.close)
         self._work.make()
         self._undo.callback(self._dump.rollback)
@@ -321,6 +323,7 @@ class SourceMove:
         self._out.pace.lift()
         self._mark("freeze")
         self._dump.freeze()
+        self._leaving.frozen()
         self._send(messages.Frozen(move_id=self._move_id))
         self.closed = self._dump.close_lost()  # while the target gets ready to hold frames
         self._hear(messages.Holding)
@@ -379,7 +382,8 @@ class SourceMove:
         self._undo.pop_all()
         self._work.close()
         self._containers.clean_up(self._container.id)
-        leave_record(self._containers, self._container, self._session.entry.name, self._observer)
+        self._leaving.left()
+        leave_record(self._containers, self._container, self._session.entry.name, self._observer, self._leaving.wire)
 
     def _keep(self) -> None:
         with signals_ignored():
@@ -392,6 +396,7 @@ class SourceMove:
     def _let_go(self) -> None:
         assert self._window is not None
         self._dump.stay_frozen()
+        self._leaving.left()
         self._undo.close()
-        target, move_id = self._session.entry.name, self._move_id
-        keep_copy(self._containers, self._container, target, move_id, self._window, self._observer)
+        target, move_id, wire = self._session.entry.name, self._move_id, self._leaving.wire
+        keep_copy(self._containers, self._container, target, move_id, self._window, self._observer, wire)

@@ -156,7 +156,9 @@ class TargetMove:
 
     def _journal_reserved(self) -> None:
         own, source = os.getpid(), self._asked.peer_hello.host
-        who = {"pid": own, "pid_start": process_start_ticks(own), "boot": boot_id(), "source": source}
+        who: dict[str, Any] = {"pid": own, "pid_start": process_start_ticks(own), "boot": boot_id(), "source": source}
+        if self._offer.wire is not None:
+            who["wire"] = self._offer.wire.number
         record = self._journal.append("RESERVED", {"container": self._spec.id, "mode": self._offer.mode, **who})
         self._begun_at = record.at
 
@@ -165,7 +167,7 @@ class TargetMove:
         self._containers.store.reserve(self._spec, self._offer.move_id)
         for name in ("upper", "work"):
             (self._directory / name).mkdir(exist_ok=True)
-        self._restore.way_back = self._offer.way_back
+        self._restore.way_back, self._restore.wire = self._offer.way_back, self._offer.wire
         self._restore.prepare()
         self._incoming = Incoming(
             self._asked.channel,

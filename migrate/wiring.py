@@ -36,6 +36,7 @@ from migrate.probing import Probing, probe_words
 from migrate.recover import recover
 from migrate.report import MoveReport, Outcome, Versions
 from migrate.reports import ReportStore
+from migrate.segment import GRACE_S, WantedNetwork, answer_segment, find_way
 from migrate.session import HANDLERS, Asked, package_version
 from migrate.source import FIRST_EPOCH, SourceMove
 from migrate.survey import answer_measure, measure_rate_Bps, survey
@@ -47,6 +48,7 @@ from runtime.container import Containers
 from runtime.criu.binary import find_criu
 from runtime.errors import BadInput, RuntimeFault, WrongState
 from runtime.host import HostConfig, must_be_writable
+from runtime.wire import WireSpec
 from transport.api import Deadline, Frame, TransportError
 from transport.pacing import PacedChannel, TokenBucket
 
@@ -75,6 +77,9 @@ class MoveOptions:
     compress: Compress = "auto"
     allow_postcopy: bool = False
     tcp: TcpPolicy = "auto"
+    network: WantedNetwork = "auto"
+    grace_s: int = GRACE_S
+    """How long an idle wire, and published ports at this host, lead to the container."""
     verify: bool = False
     """Compare all memory on both sides before anything runs on the target."""
     max_blackout_ms: float | None = None
@@ -97,6 +102,7 @@ def register_handlers() -> None:
     HANDLERS["preflight"] = answer_preflight
     HANDLERS["ask"] = handle_ask
     HANDLERS["direct"] = answer_direct
+    HANDLERS["segment"] = answer_segment
     HANDLERS["measure"] = answer_measure
     HANDLERS["check-health"] = handle_check_health
     HANDLERS["give-back"] = handle_give_back
@@ -267,6 +273,7 @@ def _move_locked(
         if planned is not None:
             held.on_event(planned)
         _check(containers, container, session, course, held, options.tcp)
+        wire = _find_wire(host, container, session, course, held, options)
         if options.dry_run:
             return report_of(course, Outcome.REFUSED)
         settle_stay(host, container.id)
@@ -284,6 +291,7 @@ def _move_locked(
             pace=pace,
             make_report=lambda done: moved_report(course, done).to_json(),
             tcp=options.tcp,
+            wire=wire,
             max_blackout_ms=options.max_blackout_ms,
             window=window_for(options.undo_window_s, options.on_unhealthy),
         )
@@ -301,6 +309,16 @@ def _move_locked(
 def _own_versions(criu: str) -> Versions:
     python = platform.python_version()
     return Versions(cmigrate=package_version(), criu_source=criu, kernel_source=platform.release(), python=python)
+
+
+def _find_wire(
+    host: HostConfig, container: Container, session: Session, course: Course, held: Held, options: MoveOptions
+) -> WireSpec | None:
+    way = find_way(host, container.spec, session, options.network, options.grace_s)
+    course.network = way.network
+    if way.warning:
+        held.on_event(Warning(what=way.warning, remedy=way.remedy))
+    return way.wire
 
 
 def _plan(

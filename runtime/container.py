@@ -33,6 +33,7 @@ from runtime.sandbox.launch import MonitorLaunch, SandboxOrders, ask_monitor
 from runtime.seccomp import capability_set, default_profile
 from runtime.store import ContainerStore, process_start_ticks
 from runtime.wayback import let_expire
+from runtime.wire import WireSpec, remove_wires
 
 LOCK_WAIT_S = 30.0
 KILL_WAIT_S = 10.0
@@ -238,6 +239,8 @@ class Containers:
                 self.cgroup(container.id).kill()
                 self._wait_gone(container, KILL_WAIT_S)
             self.clean_up(container.id)
+            if container.state.status is not Status.MOVED:  # then they lead to where it lives
+                remove_wires(container.id)
             self.store.remove(container.id)
         self.refresh_names(container.spec, gone=True)
 
@@ -297,9 +300,11 @@ class Containers:
             raise WrongState(f"{run_dir} is mounted here", hint="this runs in a monitor's mount namespace")
         shutil.rmtree(run_dir, ignore_errors=True)
 
-    def forward_ports(self, spec: ContainerSpec) -> None:
+    def forward_ports(self, spec: ContainerSpec, wire: WireSpec | None = None) -> None:
         """The container has moved away: its published ports lead to it from here for a while. Raises ProgramFailed."""
-        if spec.network is not None:
+        if spec.network is not None and wire is not None:
+            forward_ports(spec.ports, spec.network, grace_s=wire.grace_s, over=(wire.source, wire.target))
+        elif spec.network is not None:
             forward_ports(spec.ports, spec.network)
 
     def refresh_names(self, spec: ContainerSpec, *, gone: bool = False) -> None:

@@ -77,6 +77,8 @@ def dead_tables(tables: Collection[str], live: Collection[str]) -> list[Leftover
     found = []
     for table in sorted(tables):
         name = table.split()[-1]
+        if table.split()[1] == "bridge":
+            continue  # of a wire: `network wires` knows those, and whether they are over
         container_id = name.removeprefix("cmigrate-")
         if is_criu_table(table):
             found.append(Leftover(what=f"nft {table} of a dead CRIU blocks packets", remedy=f"nft delete {table}"))

@@ -20,6 +20,7 @@ from runtime.networks import host_for
 from runtime.ports import refuse_taken_ports
 from runtime.sandbox.launch import ask_monitor
 from runtime.store import process_start_ticks
+from runtime.wire import WireSpec
 
 
 def keep(
@@ -44,13 +45,13 @@ def keep(
         ask_monitor(containers.host, container.id, "alarm", after_s=after_s, argv=list(argv))
 
 
-def lead_ports_away(containers: Containers, container: Container) -> None:
+def lead_ports_away(containers: Containers, container: Container, wire: WireSpec | None = None) -> None:
     """What it publishes leads to the other host, for a while, and not into the frozen copy. Raises ProgramFailed."""
     spec = container.spec
     if spec.network is not None and spec.ports:
         with ContainerNetwork(host_for(containers.host, spec.network), container.id) as network:
             network.unpublish()
-    containers.forward_ports(spec)
+    containers.forward_ports(spec, wire)
 
 
 def lives(container: Container) -> bool:

@@ -41,6 +41,11 @@ def list_map(table: str, name: str) -> str:
     return _nft(["-j", "list", "map", "ip", table, name])
 
 
+def list_set(family: str, table: str, name: str) -> str:
+    """A set of any table, as nft's JSON. Raises ProgramFailed."""
+    return _nft(["-j", "list", "set", family, table, name])
+
+
 def tables(family: str = "ip") -> list[str]:
     """Names of all tables of a family; empty where there is no nft."""
     try:

@@ -58,6 +58,7 @@ def next_hop(mark: int) -> str:
 def back_rules() -> str:
     """The table, without elements."""
     rule = f"add rule ip {TABLE}"
+    mark = "meta mark set ip saddr map @way"
     translated = f"ct status & {_TRANSLATED:#x} == 0"
     return "\n".join(
         [
@@ -65,13 +66,21 @@ def back_rules() -> str:
             f"add map ip {TABLE} way {{ type ipv4_addr : mark; flags timeout; }}",
             f"add set ip {TABLE} answers {{ type ipv4_addr . inet_service; flags timeout; }}",
             f"add set ip {TABLE} comes_from {{ type ether_addr . mark; flags timeout; }}",
+            f"add set ip {TABLE} here {{ type ipv4_addr; flags timeout; }}",
+            f"add chain ip {TABLE} unseen {{ type filter hook prerouting priority raw; }}",
+            f"flush chain ip {TABLE} unseen",
+            # With br_netfilter this host would see what passes its bridge on the way to the container, and take that
+            # for the beginning of a connection through itself.
+            f'{rule} unseen meta iifkind "bridge" ip daddr @here notrack',
             f"add chain ip {TABLE} prerouting {{ type filter hook prerouting priority mangle; }}",
             f"flush chain ip {TABLE} prerouting",
             # In the middle of a connection, and nothing is translated: it began elsewhere. What begins here is
-            # translated from its first packet on.
-            f"{rule} prerouting tcp flags & syn == 0 {translated} meta mark set ip saddr map @way",
+            # translated from its first packet on. Answers to what this host itself has led there are left alone.
+            f"{rule} prerouting tcp flags & syn == 0 ct direction original {translated} {mark}",
+            # The answer to a first packet that came by the other host: this one has not seen it.
+            f"{rule} prerouting tcp flags & (syn | ack) == syn | ack ct state invalid {mark}",
             # A published UDP port answers; for as long as its questions may still come by the old host.
-            f"{rule} prerouting ip saddr . udp sport @answers {translated} meta mark set ip saddr map @way",
+            f"{rule} prerouting ip saddr . udp sport @answers {translated} {mark}",
             # Known to neither host, after a move there and back: not to be sent round and round.
             f"{rule} prerouting ether saddr . meta mark @comes_from drop",
             f"add chain ip {TABLE} output {{ type filter hook output priority filter; }}",
@@ -92,6 +101,7 @@ def back_elements(
     lines = [
         f'{add} way {{ {address}{lasting} comment "{container_id}" : {mark} }}',
         f"{add} comes_from {{ {mac} . {mark} }}",
+        f"{add} here {{ {address}{lasting} }}",
     ]
     lines += [
         f"{add} answers {{ {address} . {port.container_port} timeout {GRACE_S}s }}"
@@ -159,8 +169,9 @@ def let_expire(container_id: str) -> None:
 
 
 def _drop_element(address: str) -> None:
-    with contextlib.suppress(ProgramFailed):  # it is not there
-        nft.run_nft(f"delete element ip {TABLE} way {{ {address} }}\n")
+    for name in ("way", "here"):
+        with contextlib.suppress(ProgramFailed):  # it is not there
+            nft.run_nft(f"delete element ip {TABLE} {name} {{ {address} }}\n")
 
 
 def _elements() -> list[tuple[str, int, str]]:

@@ -23,14 +23,15 @@ def lab_group() -> None:
 @click.option(
     "--rate", default="", metavar="RATE", help="Rate of each host's link: 1gbit, 100mbit (default: no limit)."
 )
+@click.option("--routed", is_flag=True, help="Each host in a segment of its own; client is the router between them.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def up_command(hosts: int, rate: str, as_json: bool) -> None:
+def up_command(hosts: int, rate: str, routed: bool, as_json: bool) -> None:
     """Bring the lab up: host1, host2, … and client."""
     from migrate.lab.lab import Lab
 
     lab = Lab()
     begin = time.monotonic()
-    fresh = lab.up(hosts, rate=rate)
+    fresh = lab.up(hosts, rate=rate, routed=routed)
     names = [host.name for host in lab.hosts]
     if as_json:
         click.echo(json.dumps({"type": "lab", "id": lab.id, "hosts": names, "fresh": fresh}))

@@ -142,6 +142,32 @@ def _afterwards(grouped: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "health": _health(**health)}
 
 
+def network_options(command: Callable[..., int]) -> Callable[..., int]:
+    """How the container is reached where it arrives."""
+    options = (
+        click.option(
+            "--network",
+            type=click.Choice(["auto", "l2", "forward", "vxlan"]),
+            default="auto",
+            show_default=True,
+            help="l2: both hosts' bridges are one segment; forward: this host leads its packets over a wire to the "
+            "target as long as they come; vxlan: over a wire that stays; auto: l2 where they are, else forward.",
+        ),
+        click.option(
+            "--forward-for",
+            "grace_s",
+            type=click.IntRange(min=1, max=30 * 86400),
+            default=600,
+            show_default=True,
+            metavar="S",
+            help="A wire ends when the container has sent nothing over it for so long.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def _health(
     *, health_command: str | None, health_timeout_s: float, health_retries: int, health_interval_s: float
 ) -> HealthCheck | None:
@@ -222,6 +248,7 @@ def _budget(
     show_default=True,
     help="Which TCP connections to end at the freeze: auto: those that can not survive the move; close: all.",
 )
+@network_options
 @click.option(
     "--verify",
     is_flag=True,
@@ -250,7 +277,6 @@ def move_command(
     probe: str,
     allow_postcopy: bool,
     tcp: str,
-    verify: bool,
     dry_run: bool,
     timeout_s: float,
     as_json: bool,
@@ -267,6 +293,7 @@ def move_command(
     from migrate.wiring import MoveOptions, move
 
     afterwards = _afterwards(grouped)
+    more = {name: grouped.pop(name) for name in ("network", "grace_s", "verify")}
     observer = Noting(JsonLines(sys.stdout) if as_json else Terminal(sys.stderr))
     options = MoveOptions(
         mode=mode,  # type: ignore[arg-type]  # click.Choice has checked these
@@ -274,7 +301,7 @@ def move_command(
         direct=direct == "auto",
         allow_postcopy=allow_postcopy,
         tcp=tcp,  # type: ignore[arg-type]
-        verify=verify,
+        **more,
         dry_run=dry_run,
         budget=_budget(**grouped),
         bandwidth_Bps=bandwidth_Bps,

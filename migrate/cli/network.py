@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 
 import click
@@ -86,4 +87,59 @@ def rm_command(names: tuple[str, ...]) -> None:
 
     for name in names:
         remove_bridge(Networks(host).remove(name, Containers(host).store.known_specs()).bridge)
+        click.echo(name)
+
+
+@network_group.command("wires")
+@json_option
+def wires_command(as_json: bool) -> None:
+    """List the wires of containers that have moved between segments.
+
+    `to` is one by which a container has left, `from` one by which it is reached from where it was.
+    """
+    open_host()
+    from pyroute2 import IPRoute
+
+    from runtime.wire import seconds_left, sweep, wires
+
+    sweep()
+    with IPRoute() as netlink:
+        found = sorted(wires(netlink), key=lambda end: (end.container, end.link))
+    left = {end.container_id: seconds_left(end.container_id) for end in found}
+    if as_json:
+        for end in found:
+            seconds = left[end.container_id]
+            json_line({"type": "wire", **asdict(end), "seconds_left": None if math.isinf(seconds) else seconds})
+        return
+    rows = [
+        (end.container, "to" if end.toward else "from", end.peer, end.link, _lasting(left[end.container_id]))
+        for end in found
+    ]
+    print_table(("CONTAINER", "LEADS", "PEER", "LINK", "ENDS WHEN IDLE IN"), rows)
+
+
+def _lasting(seconds: float) -> str:
+    return "never" if math.isinf(seconds) else f"{seconds:.0f} s"
+
+
+@network_group.command("cut")
+@click.argument("containers", metavar="CONTAINER...", nargs=-1, required=True)
+def cut_command(containers: tuple[str, ...]) -> None:
+    """End the wires of containers on this host, by name or id.
+
+    What goes over them breaks off. Cut both ends: `network wires` names the peers.
+    """
+    open_host()
+    from pyroute2 import IPRoute
+
+    from runtime.errors import NotFound
+    from runtime.wire import remove_wires, wires
+
+    with IPRoute() as netlink:
+        known = {name: end.container_id for end in wires(netlink) for name in (end.container, end.container_id)}
+    for name in containers:
+        if name not in known:
+            raise NotFound(f"there is no wire of {name} here", hint="cmigrate network wires lists them")
+    for name in containers:
+        remove_wires(known[name])
         click.echo(name)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -118,23 +119,24 @@ class Lab:
 
     # Up
 
-    def up(self, hosts: int = 2, *, rate: str = "") -> bool:
+    def up(self, hosts: int = 2, *, rate: str = "", routed: bool = False) -> bool:
         """Bring the lab up; False when it was up already. What a dead or half-made lab left is taken down first.
+        ``routed``: each host has a segment of its own, and the client routes between them.
 
-        Raises WrongState when it is up with another number of hosts or another rate, and whatever goes wrong on the
-        way; then nothing is left of it.
+        Raises WrongState when it is up with another number of hosts, another rate or shape, and whatever goes wrong on
+        the way; then nothing is left of it.
         """
         refuse_inside_a_lab()
         names = plan.host_names(hosts)
         shape = plan.parse_rate(rate) if rate else None
         with self._locked():
             if self._is_up():
-                self._must_match(names, rate)
+                self._must_match(names, rate, routed)
                 return False
             self._down()
             with ExitStack() as undo:
                 undo.callback(self._down)
-                self._build(names, shape, rate)
+                self._build(names, shape, LabRecord(id=self.id, rate=rate, routed=routed))
                 undo.pop_all()
         return True
 
@@ -145,53 +147,56 @@ class Lab:
             return False
         return record is not None and record.complete and not any(host.dead() for host in record.hosts)
 
-    def _must_match(self, names: Sequence[str], rate: str) -> None:
+    def _must_match(self, names: Sequence[str], rate: str, routed: bool) -> None:
         record = read_record(self.directory)
         assert record is not None
         existing = [host.name for host in record.hosts if not host.is_client]
-        if existing != list(names) or record.rate != rate:
+        if existing != list(names) or record.rate != rate or record.routed != routed:
+            shape = (f" at {record.rate}" if record.rate else "") + (", routed" if record.routed else "")
             raise WrongState(
-                f"the lab is up with {', '.join(existing)}" + (f" at {record.rate}" if record.rate else ""),
+                f"the lab is up with {', '.join(existing)}{shape}",
                 hint="run `cmigrate lab down` first",
             )
 
-    def _build(self, names: Sequence[str], shape: Rate | None, rate: str) -> None:
+    def _build(self, names: Sequence[str], shape: Rate | None, record: LabRecord) -> None:
         if os.listdir(self.directory):
             raise BadInput(f"{self.directory} holds other things", hint="give a lab a directory of its own")
-        write_record(self.directory, LabRecord(id=self.id, rate=rate))
-        self._write_files(names)
+        write_record(self.directory, record)
+        addresses = {CLIENT: plan.client_address(routed=record.routed)}
+        addresses |= {name: plan.host_address(n, routed=record.routed) for n, name in enumerate(names, start=1)}
+        self._write_files(addresses, routed=record.routed)
         with _between_labs():
             self._cgroup().create([CLIENT, *names])
             for place in (CONFIG_DIR, STATE_DIR):
                 make_mount_point(place)
         holders = self._start_holders([CLIENT, *names])
-        self._connect(holders, shape)
+        self._connect(holders, shape, routed=record.routed)
         daemons = {name: self._start_daemons(name, holders[name].pid) for name in names}
         for name in names:
             self._wait_ready(name, holders[name].pid, daemons[name])
-        addresses = {CLIENT: str(plan.GATEWAY)} | {name: plan.host_address(n) for n, name in enumerate(names, start=1)}
         found = tuple(
             LabHost(name=name, address=address, holder=holders[name], daemons=daemons.get(name, {}))
             for name, address in addresses.items()
         )
         self._introduce(found)
-        write_record(self.directory, LabRecord(id=self.id, rate=rate, hosts=found, complete=True))
+        write_record(self.directory, replace(record, hosts=found, complete=True))
 
-    def _write_files(self, names: Sequence[str]) -> None:
+    def _write_files(self, addresses: dict[str, str], *, routed: bool) -> None:
         """Directories, configuration and keys of every host."""
         (self.directory / CLIENT / "home").mkdir(parents=True, mode=0o700)
         operator = self.directory / "operator"
         operator.mkdir(mode=0o700)
         write_ssh_key(operator / "id_ed25519", "operator@lab")
         let_in = public_key_file(operator / "id_ed25519").read_text()
-        addresses = {CLIENT: str(plan.GATEWAY)}
-        for number, name in enumerate(names, start=1):
-            addresses[name] = plan.host_address(number)
+        for name in addresses.keys() - {CLIENT}:
             place = self.directory / name
             for part in ("state", "etc", "home/.ssh"):
                 (place / part).mkdir(parents=True, mode=0o700)
             config = plan.config_toml(
-                name=name, address=addresses[name], cgroup_parent=self._cgroup().containers_parent(name)
+                name=name,
+                address=addresses[name],
+                cgroup_parent=self._cgroup().containers_parent(name),
+                routed=routed,
             )
             (place / "etc" / "config.toml").write_text(config)
             (place / "home" / ".ssh" / "authorized_keys").write_text(let_in)
@@ -226,11 +231,15 @@ class Lab:
         script = [*unshare, "/bin/sh", "-c", plan.holder_script()]
         return [*script, str(self._cgroup().procs_file(name)), name, *pairs]
 
-    def _connect(self, holders: Mapping[str, ProcessId], shape: Rate | None) -> None:
+    def _connect(self, holders: Mapping[str, ProcessId], shape: Rate | None, *, routed: bool) -> None:
         hosts = [name for name in holders if name != CLIENT]
-        self._in_net(holders[CLIENT], ["ip", "-batch", "-"], plan.client_links([holders[name].pid for name in hosts]))
+        client_links, host_links = plan.client_links, plan.host_links
+        if routed:
+            client_links, host_links = plan.routed_client_links, plan.routed_host_links
+            self._in_net(holders[CLIENT], ["sh"], plan.ROUTING)
+        self._in_net(holders[CLIENT], ["ip", "-batch", "-"], client_links([holders[name].pid for name in hosts]))
         for number, name in enumerate(hosts, start=1):
-            self._in_net(holders[name], ["ip", "-batch", "-"], plan.host_links(number))
+            self._in_net(holders[name], ["ip", "-batch", "-"], host_links(number))
             if shape:
                 self._in_net(holders[name], ["tc", "-batch", "-"], plan.shaping([plan.UPLINK], shape))
         if shape:

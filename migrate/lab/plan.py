@@ -23,6 +23,8 @@ GATEWAY = SUBNET[1]
 # runtime.network gives none of the last 256 addresses to containers.
 _FIRST_HOST = SUBNET.num_addresses - 256
 BRIDGE = "cmigrate0"
+ROUTED_CLIENT = "10.87.0.1"
+"""The client of a routed lab, where it is the router between hosts that share no segment."""
 UPLINK = "uplink"
 SSH_PORT = 22
 STREAM_PORT = 7477
@@ -63,9 +65,13 @@ def host_names(count: int) -> tuple[str, ...]:
     return tuple(f"host{number}" for number in range(1, count + 1))
 
 
-def host_address(number: int) -> str:
+def host_address(number: int, *, routed: bool = False) -> str:
     """Of host ``number``, from 1."""
-    return str(SUBNET[_FIRST_HOST + number])
+    return f"10.87.{number}.2" if routed else str(SUBNET[_FIRST_HOST + number])
+
+
+def client_address(*, routed: bool = False) -> str:
+    return ROUTED_CLIENT if routed else str(GATEWAY)
 
 
 def bridge_mac(number: int) -> str:
@@ -73,14 +79,15 @@ def bridge_mac(number: int) -> str:
     return f"02:43:{0:02x}:{0:02x}:{0:02x}:{number:02x}"
 
 
-def config_toml(*, name: str, address: str, cgroup_parent: str) -> str:
+def config_toml(*, name: str, address: str, cgroup_parent: str, routed: bool = False) -> str:
+    """Where hosts are routed each is its containers' gateway, all under one address, as installations are."""
     values = {
         "name": name,
         "cgroup_parent": cgroup_parent,
         "bridge": BRIDGE,
         "subnet": str(SUBNET),
         "gateway": str(GATEWAY),
-        "bridge_address": f"{address}/{SUBNET.prefixlen}",
+        **({} if routed else {"bridge_address": f"{address}/{SUBNET.prefixlen}"}),
         "stream_port": STREAM_PORT,
     }
     return "# A host of a lab: see `cmigrate lab`.\n" + "".join(
@@ -160,6 +167,36 @@ def client_links(pids: list[int]) -> str:
             f"link set h{number} master lab0 up",
         ]
     return "\n".join(lines) + "\n"
+
+
+def routed_client_links(pids: list[int]) -> str:
+    """As ``client_links``, with a segment for each host."""
+    lines = ["link set lo up", f"address add {ROUTED_CLIENT}/32 dev lo"]
+    for number, pid in enumerate(pids, start=1):
+        lines += [
+            f"link add name h{number} type veth peer name {UPLINK} netns {pid}",
+            f"address add 10.87.{number}.1/24 dev h{number}",
+            f"link set h{number} up",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+ROUTING = "echo 1 >/proc/sys/net/ipv4/ip_forward"
+
+
+def routed_host_links(number: int) -> str:
+    """As ``host_links``; the bridge joins nothing but this host's containers."""
+    return "\n".join(
+        [
+            f"link add name {BRIDGE} address {bridge_mac(number)} type bridge stp_state 0 forward_delay 0",
+            f"address add {GATEWAY}/{SUBNET.prefixlen} dev {BRIDGE}",
+            f"link set {BRIDGE} up",
+            f"address add {host_address(number, routed=True)}/24 dev {UPLINK}",
+            f"link set {UPLINK} up",
+            f"route add default via 10.87.{number}.1",
+            "",
+        ]
+    )
 
 
 def host_links(number: int) -> str:

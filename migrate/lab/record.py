@@ -42,6 +42,7 @@ class LabRecord:
 
     id: str
     rate: str = ""
+    routed: bool = False
     hosts: tuple[LabHost, ...] = ()
     complete: bool = False
 
@@ -62,7 +63,13 @@ def record_from_json(data: Mapping[str, Any]) -> LabRecord:
         )
         for host in data["hosts"]
     )
-    return LabRecord(id=str(data["id"]), rate=str(data["rate"]), hosts=hosts, complete=bool(data["complete"]))
+    return LabRecord(
+        id=str(data["id"]),
+        rate=str(data["rate"]),
+        routed=bool(data.get("routed")),
+        hosts=hosts,
+        complete=bool(data["complete"]),
+    )
 
 
 def write_record(directory: Path, record: LabRecord) -> None:

@@ -36,6 +36,7 @@ from runtime.network import ContainerNetwork, in_network_namespace
 from runtime.networks import host_for
 from runtime.nft import remove_criu_tables
 from runtime.sandbox.launch import ask_monitor
+from runtime.wire import drop_toward
 
 PREPARE_TIMEOUT_S = 30.0
 FREEZE_TIMEOUT_S = 10.0
@@ -338,3 +339,4 @@ def wake_after_dead_dump(containers: Containers, container: Container) -> None:
             network.announce()
     if state.status is Status.RUNNING:
         containers.cgroup(container.id).thaw()
+    drop_toward(container.id)

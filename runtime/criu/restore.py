@@ -35,6 +35,7 @@ from runtime.networks import host_for
 from runtime.packets import PacketHold
 from runtime.sandbox.launch import MonitorLaunch, SandboxOrders
 from runtime.wayback import lead_back
+from runtime.wire import ContainerWire, WireSpec
 
 RESTORE_TIMEOUT_S = 600.0
 RELEASE_TIMEOUT_S = 60.0
@@ -65,6 +66,9 @@ class HeldRestore:
         """MAC of the bridge that connections shall go on through (wayback.py); to be set before ``prepare``."""
         self.memory_files: tuple[int, ...] = ()
         """After ``prepare``: empty memory files that CRIU has as well, for ``restore`` to name. This object's."""
+        self.wire: WireSpec | None = None
+        """To the host it comes from, where that is in another segment; to be set before ``prepare``."""
+        self._wire: ContainerWire | None = None
         self._launch: MonitorLaunch | None = None
         self._session: CriuSession | None = None
         self._sandbox: dict[str, Any] = {}
@@ -87,6 +91,9 @@ class HeldRestore:
             ensure_bridge(self._host)
             if self.way_back:
                 lead_back(self._host, self.spec.id, self.spec.network, self.spec.ports, self.way_back)
+            if self.wire is not None:
+                self._wire = ContainerWire(self._host, self.spec, self.wire)
+                self._wire.prepare(toward=False)
             self._hold = PacketHold(self._host, self.spec.id, self.spec.network)
             self._hold.prepare()
             self._table = NeighbourTable(self._host, self.spec.network)
@@ -114,6 +121,8 @@ class HeldRestore:
     def hold_packets(self) -> None:
         """The container is frozen where it was: from now on its frames are held here."""
         self._grace_periods.begin()
+        if self._wire is not None:
+            self._wire.join()
         if self._hold is not None:
             self._hold.start()
 
@@ -245,6 +254,8 @@ class HeldRestore:
                 self._hold.hand_over()
                 self._hold.close()
             self._network.publish(self.spec.ports, self.spec.network)
+        if self._wire is not None:
+            self._wire.arrived()
         self._session.close()
         with self._launch:
             self._launch.expect("started")
@@ -264,6 +275,8 @@ class HeldRestore:
             with self._launch:
                 pass
             self._launch = None
+        if self._wire is not None:
+            self._wire.undo()
         self._close_network()
         self._containers.clean_up(self.spec.id)
 
@@ -276,6 +289,9 @@ class HeldRestore:
     def _close_network(self) -> None:
         self.close_memory_files()
         self._network.close()
+        if self._wire is not None:
+            self._wire.close()
+            self._wire = None
         if self._hold is not None:
             self._hold.close()
 

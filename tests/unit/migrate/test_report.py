@@ -73,6 +73,7 @@ FIELDS = [
     "fill",
     "verify",
     "phases",
+    "network",
     "why",
     "predicted_blackout_ms",
     "slowed_to_cpus",

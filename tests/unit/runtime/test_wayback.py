@@ -33,8 +33,10 @@ def test_a_mark_and_a_next_hop_stand_for_each_bridge() -> None:
 
 def test_only_what_began_elsewhere_is_led_back() -> None:
     rules = back_rules().splitlines()
-    (tcp,) = [line for line in rules if "tcp flags" in line]
-    assert "syn == 0 ct status & 0x30 == 0" in tcp
+    middle, answer = [line for line in rules if "tcp flags" in line]
+    assert "syn == 0 ct direction original ct status & 0x30 == 0" in middle
+    assert "== syn | ack ct state invalid" in answer
+    assert any("ip daddr @here notrack" in line for line in rules)
     assert any("@comes_from drop" in line for line in rules)
     assert any("icmp type redirect" in line and line.endswith("drop") for line in rules)
 
