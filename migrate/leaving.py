@@ -46,11 +46,11 @@ class Leaving:
         if self._end is not None:
             self._end.join()
 
-    def left(self) -> None:
-        """It runs on the target; nothing here fails any more."""
+    def left(self) -> WireSpec | None:
+        """It runs on the target; nothing here fails any more. What both ends of its wire agreed on."""
         end, self._end = self._end, None
         if end is None or self.wire is None:
-            return
+            return None
         what, remedy = "", ""
         try:
             with contextlib.closing(end):
@@ -61,3 +61,4 @@ class Leaving:
             what = str(error)
         if what:
             self._observer.on_event(Warning(what=what, remedy=remedy))
+        return self.wire

@@ -382,8 +382,8 @@ class SourceMove:
         self._undo.pop_all()
         self._work.close()
         self._containers.clean_up(self._container.id)
-        self._leaving.left()
-        leave_record(self._containers, self._container, self._session.entry.name, self._observer, self._leaving.wire)
+        wire = self._leaving.left()
+        leave_record(self._containers, self._container, self._session.entry.name, self._observer, wire)
 
     def _keep(self) -> None:
         with signals_ignored():
@@ -396,7 +396,7 @@ class SourceMove:
     def _let_go(self) -> None:
         assert self._window is not None
         self._dump.stay_frozen()
-        self._leaving.left()
+        wire = self._leaving.left()
         self._undo.close()
-        target, move_id, wire = self._session.entry.name, self._move_id, self._leaving.wire
+        target, move_id = self._session.entry.name, self._move_id
         keep_copy(self._containers, self._container, target, move_id, self._window, self._observer, wire)
