@@ -45,7 +45,6 @@ from runtime.memory.tracker import make_tracker
 from runtime.memory.tracker_still import StillTracker
 from runtime.throttle import CpuThrottle
 from runtime.tree import SentContent, Snapshot, compare, mapped_inodes, scan
-from runtime.wire import WireSpec
 from runtime.workdir import WorkDirectory
 from transport.api import Deadline, Frame, TransportError
 
@@ -74,9 +73,9 @@ class SourceMove:
         budget: Budget,
         verify: bool,
         pace: Pace,
+        leaving: Leaving,
         make_report: Callable[[SourceMove], Mapping[str, Any]],
         tcp: TcpPolicy = "keep",
-        wire: WireSpec | None = None,
         max_blackout_ms: float | None = None,
         window: UndoWindow | None = None,
     ) -> None:
@@ -107,7 +106,7 @@ class SourceMove:
         self.kept: KeptMemory | None = None
         self.closed: tuple[str, ...] = ()  # connections that the move ended
         self._undo = ExitStack()
-        self._leaving = Leaving(self._containers, container.spec, wire, observer)
+        self._leaving = leaving
         self._call_off = CallOff(max_blackout_ms)
         self._budget = budget
         self._verify = verify
@@ -244,8 +243,8 @@ class SourceMove:
         return kind.parse(self._session.channel.receive(deadline=Deadline.after(timeout_s)).message())
 
     def _send_offer(self) -> None:
-        spec, mode, verify = self._container.spec, self._mode, self._verify
-        offer = messages.Offer(move_id=self._move_id, epoch=FIRST_EPOCH, mode=mode, spec=spec, verify=verify)
+        spec, mode = self._container.spec, self._mode
+        offer = messages.Offer(move_id=self._move_id, epoch=FIRST_EPOCH, mode=mode, spec=spec, verify=self._verify)
         self._send(self._leaving.get_ready(offer, self._undo))
         self._undo.callback(self._work.close)
         self._work.make()
@@ -353,8 +352,7 @@ class SourceMove:
 
     def _copy_frozen(self, live: LiveMemory) -> None:
         self._mark("memory")
-        # Our reader is several times faster than CRIU's way through pipes, which is left with what changes until CRIU
-        # has seized the tasks: a system call that sleeps in the freezer goes on to its end then.
+        # CRIU is left with what changes until it has seized the tasks: a system call that sleeps goes on till then.
         live.copy_frozen()
 
     def _send_state(self) -> None:
@@ -398,5 +396,5 @@ class SourceMove:
         self._dump.stay_frozen()
         wire = self._leaving.left()
         self._undo.close()
-        target, move_id = self._session.entry.name, self._move_id
-        keep_copy(self._containers, self._container, target, move_id, self._window, self._observer, wire)
+        target = self._session.entry.name
+        keep_copy(self._containers, self._container, target, self._move_id, self._window, self._observer, wire)

@@ -26,6 +26,7 @@ from migrate.errors import (
 )
 from migrate.giving_back import handle_done, handle_give_back, settle_stay
 from migrate.health import HealthCheck, handle_check_health, look_there
+from migrate.leaving import Leaving
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Planned, Warning
 from migrate.outgoing import Pace
@@ -291,7 +292,7 @@ def _move_locked(
             pace=pace,
             make_report=lambda done: moved_report(course, done).to_json(),
             tcp=options.tcp,
-            wire=wire,
+            leaving=Leaving(containers, container.spec, wire, held),
             max_blackout_ms=options.max_blackout_ms,
             window=window_for(options.undo_window_s, options.on_unhealthy),
         )
