@@ -6,7 +6,17 @@ import time
 from dataclasses import dataclass, field, replace
 
 from migrate.errors import ContainerLost, InDoubt, RolledBack, StillInDoubt, describe
-from migrate.report import Fill, MoveReport, Outcome, PhaseTime, ReportedError, SentBytes, Verification, Versions
+from migrate.report import (
+    Fill,
+    MoveReport,
+    Outcome,
+    PhaseTime,
+    ReportedError,
+    SentBytes,
+    SharedMemory,
+    Verification,
+    Versions,
+)
 from migrate.source import SourceMove
 from runtime.container import utc_now
 
@@ -49,9 +59,22 @@ def moved_report(course: Course, source: SourceMove) -> MoveReport:
         sent_bytes=SentBytes(images=sent["images"], pages=sent["pages"], files=sent["files"], control=sent["control"]),
         packed=dict(source.out.pace.packer.memory_bytes),
         phases=tuple(PhaseTime(name=name, ms=ms) for name, ms in clock.phases(running_at)),
+        shared=_shared(source),
         fill=_fill(source),
         verify=_verification(source),
         closed_connections=source.closed,
+    )
+
+
+def _shared(source: SourceMove) -> SharedMemory | None:
+    found = source.shared
+    if found is None or not found.places:
+        return None
+    return SharedMemory(
+        segments=len(found.places),
+        before_bytes=found.sent_before_bytes,
+        after_bytes=found.sent_after_bytes,
+        place_ms=round(source.running.marks_ms.get("shared", 0.0), 3) if source.running is not None else 0.0,
     )
 
 

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from migrate import messages
 from migrate.outgoing import Outgoing
 from migrate.shared_source import SHARED_COMPLETE, SharedSource
-from runtime.api import ContainerState
 from runtime.criu.dump import HeldDump
 
 
 def send_frozen_state(
     out: Outgoing,
     dump: HeldDump,
-    state: ContainerState,
     shared: SharedSource | None,
     *,
     channel_is_shared: bool,
@@ -27,6 +25,7 @@ def send_frozen_state(
     if shared is not None and shared.places and not follows:
         mark("shared")
         shared.send_rest()
+    state = dump.container.state
     message = messages.FrozenState(
         mounts=dump.mounts,
         pipes=dump.pipes,

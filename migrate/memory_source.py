@@ -78,11 +78,12 @@ class LiveMemory:
         """What the target lacks, with what was kept back."""
         return self._split.pending_bytes + (self.shared.pending_bytes if self.shared else 0)
 
-    def take_shared_apart(self, page_filter: PageFilter | None, *, in_rounds: bool) -> None:
+    def take_shared_apart(self, page_filter: PageFilter | None, *, in_rounds: bool) -> SharedSource | None:
         """The target can: shared memory goes there by our reader, ``in_rounds`` or at the end, where CRIU can be kept
         from looking at it. To be called before anything is scanned."""
         if page_filter is not None and page_filter.loaded:
             self.shared = SharedSource(out=self._out, in_rounds=in_rounds)
+        return self.shared
 
     def scan(self) -> None:
         """Find what was written since the last scan; from here on the target's copy of it is stale.

@@ -74,6 +74,17 @@ class Verification:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedMemory:
+    """Shared memory that went apart from CRIU's images: ``before_bytes`` of it were copied while the container ran,
+    ``after_bytes`` in the blackout. ``place_ms``: what it took the target to put it where it is mapped."""
+
+    segments: int = 0
+    before_bytes: int = 0
+    after_bytes: int = 0
+    place_ms: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Health:
     """What a command in the container said after the move. ``exit_code`` None: it could not be run, ``output`` says
     why. ``ms`` is all attempts together."""
@@ -115,10 +126,10 @@ class MoveReport:
     clock; None when the move ended before anything froze. ``downtime_ms`` is the longest time without an answer
     that a probe saw, if one ran. ``direct``: over a direct connection that came about over SSH. ``memory_bytes`` is
     what the container had in memory. ``packed`` is memory that our reader sent, in bytes before it was packed, by the
-    way it went: none, lz4, zstd. ``rounds`` counts passes of pre-copy, so it is 0 without pre-copy. ``network`` is how
-    the container is reached: l2 in a segment of both hosts, forward or vxlan over a wire between them; empty without a
-    network. ``why`` the mode was taken; ``predicted_blackout_ms`` by the last round, else by the plan, None without
-    either; ``slowed_to_cpus`` None when the container ran at its own speed.
+    way it went: none, lz4, zstd. ``shared`` is None where no shared memory did. ``rounds`` counts passes of pre-copy,
+    so it is 0 without pre-copy. ``network`` is how the container is reached: l2 in a segment of both hosts, forward or
+    vxlan over a wire between them; empty without a network. ``why`` the mode was taken; ``predicted_blackout_ms`` by
+    the last round, else by the plan, None without either; ``slowed_to_cpus`` None when it ran at its own speed.
     ``closed_connections`` are TCP connections of the container that were ended when it froze: "LOCAL:PORT -
     REMOTE:PORT". ``blockers`` are preflight's, as mappings with check, what and remedy.
     """
@@ -137,6 +148,7 @@ class MoveReport:
     memory_bytes: int = 0
     sent_bytes: SentBytes = field(default_factory=SentBytes)
     packed: Mapping[str, int] = field(default_factory=dict)
+    shared: SharedMemory | None = None
     direct: bool = False
     rounds: int = 0
     fill: Fill | None = None
@@ -184,6 +196,8 @@ def report_from_json(data: Mapping[str, Any]) -> MoveReport:
             fields["fill"] = Fill(**_known(Fill, fields["fill"]))
         if fields.get("verify") is not None:
             fields["verify"] = Verification(**_known(Verification, fields["verify"]))
+        if fields.get("shared") is not None:
+            fields["shared"] = SharedMemory(**_known(SharedMemory, fields["shared"]))
         if fields.get("health") is not None:
             fields["health"] = Health(**_known(Health, fields["health"]))
         if fields["error"] is not None:

@@ -7,6 +7,7 @@ copied. All else CRIU makes empty, and its content is copied once, when everythi
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,16 +24,24 @@ from transport.api import MAX_BODY_BYTES
 
 COPY_BYTES = 16 << 20
 Receive = Callable[[memoryview], None]
+Charge = Callable[[int, Sequence[tuple[int, int]]], None]
 
 
 class SharedTarget:
-    """``spare``: empty memory files that the restoring CRIU has descriptors of as well. They are the caller's."""
+    """``spare``: empty memory files that the restoring CRIU has descriptors of as well. They are the caller's.
 
-    def __init__(self, spare: Sequence[int]) -> None:
+    ``charge`` is told what is about to be written to memory that will be the container's: the file's descriptor, and
+    offsets and sizes (runtime/sandbox/charger.py).
+    """
+
+    def __init__(self, spare: Sequence[int], charge: Charge = lambda _fd, _spans: None) -> None:
         self._spare = list(spare)
+        self._charge = charge
         self._stores: dict[int, Store] = {}
         self._spare_of: dict[int, int] = {}
         self._taken: set[int] = set()
+        self.place_ms = 0.0
+        """What ``finish`` took."""
         self._writer = StoreWriter()
 
     def receive(
@@ -43,7 +52,10 @@ class SharedTarget:
         if sum(size for _offset, size in spans) > MAX_BODY_BYTES:
             raise ProtocolViolation("more shared memory was announced at once than one frame holds")
         if spans or holes:
-            with self._writer.receiving(self._store(number), spans, holes) as view:
+            store = self._store(number)
+            if number in self._spare_of and spans:
+                self._charge(store.fileno(), spans)
+            with self._writer.receiving(store, spans, holes) as view:
                 if spans:
                     receive(view)
 
@@ -84,6 +96,7 @@ class SharedTarget:
 
     def finish(self, places: Sequence[SharedPlace], tasks: Mapping[int, int]) -> None:
         """All has come and all is restored: ``tasks`` has pids here by those inside. Raises CriuFailed and NoRoom."""
+        begin = time.monotonic()
         self._writer.finish()
         for place in places:
             if place.pid not in tasks:
@@ -97,15 +110,23 @@ class SharedTarget:
                         "CRIU did not take the shared memory that it was given", hint="is it CRIU 4.0 or later?"
                     )
                 if not same:
-                    _copy(store, segment, place.size_bytes)
+                    self._copy(store, segment, place.size_bytes)
             finally:
                 os.close(segment)
         self.close()
+        self.place_ms = (time.monotonic() - begin) * 1000
 
-    @property
-    def taken(self) -> int:
-        """How many segments needed no copy."""
-        return len(self._taken)
+    def _copy(self, store: Store, segment: int, size_bytes: int) -> None:
+        for offset, size in store.runs(0, size_bytes):
+            end = min(offset + size, size_bytes)
+            self._charge(segment, [(offset, end - offset)])
+            os.lseek(segment, offset, os.SEEK_SET)
+            while offset < end:
+                offset += os.sendfile(segment, store.fileno(), offset, min(COPY_BYTES, end - offset))
+
+    def facts(self) -> dict[str, int]:
+        """For the journal: how many segments CRIU took as they were."""
+        return {"shared_taken": len(self._taken)}
 
     def close(self) -> None:
         self._writer.close()
@@ -120,11 +141,3 @@ def _open_at(pid: int, address: int) -> int:
             path = f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
             return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     raise CriuFailed(f"no shared memory was restored at {address:#x} of process {pid}")
-
-
-def _copy(store: Store, segment: int, size_bytes: int) -> None:
-    for offset, size in store.runs(0, size_bytes):
-        os.lseek(segment, offset, os.SEEK_SET)
-        end = min(offset + size, size_bytes)
-        while offset < end:
-            offset += os.sendfile(segment, store.fileno(), offset, min(COPY_BYTES, end - offset))

@@ -31,6 +31,7 @@ from migrate.plan import NEED_CONSENT
 from migrate.postcopy_source import KeptMemory
 from migrate.precopy import Budget
 from migrate.rounds import Gauges, Rounds, untracked_warning
+from migrate.shared_source import SharedSource
 from migrate.verify_source import send_hashes
 from runtime.api import Container
 from runtime.connections import TcpPolicy
@@ -102,6 +103,7 @@ class SourceMove:
         self._cgroup = self._containers.cgroup(container.id)
         self._pages: PageThread | None = None
         self._live: LiveMemory | None = None
+        self.shared: SharedSource | None = None
         self._filter: PageFilter | None = None
         self.kept: KeptMemory | None = None
         self.closed: tuple[str, ...] = ()  # connections that the move ended
@@ -166,7 +168,7 @@ class SourceMove:
         must_give_back(self.prepared.gives_back, self._window)
         self._out.pace.packer.allow(self.prepared.packing)
         if self._live is not None and self.prepared.shared:
-            self._live.take_shared_apart(self._filter, in_rounds=self._mode in ("precopy", "hybrid"))
+            self.shared = self._live.take_shared_apart(self._filter, in_rounds=self._mode in ("precopy", "hybrid"))
         self._mark("files")
         self._on(Event.TARGET_PREPARED)
         with self._observer.blackout(), self._call_off.limited():
@@ -366,11 +368,9 @@ class SourceMove:
         if self._live is not None and self._live.keep_back:
             self.kept = self._closing.enter_context(contextlib.closing(KeptMemory(self._out, self._live)))
             self.kept.announce(self._work.path)
-        state = self._container.state
         self._out.log(self._log)
-        shared = self._live.shared if self._live is not None else None
         kept = self.kept is not None
-        send_frozen_state(self._out, self._dump, state, shared, channel_is_shared=kept, mark=self._mark)
+        send_frozen_state(self._out, self._dump, self.shared, channel_is_shared=kept, mark=self._mark)
 
     def _kill_copy(self) -> None:
         """The copy here is dead weight: kill it, remove what is left of it."""

@@ -93,7 +93,7 @@ class TargetMove:
             ),
             Action.STORE: lambda: None,
             Action.VERIFY_AND_RESTORE: self._restore_and_hold,
-            Action.JOURNAL_HELD: lambda: self._write("RESTORED_HELD"),
+            Action.JOURNAL_HELD: lambda: self._write("RESTORED_HELD", self._shared.facts() if self._shared else None),
             Action.SEND_READY: lambda: self._send(messages.Ready(move_id=move_id, epoch=epoch)),
             Action.JOURNAL_COMMIT: self._journal_commit,
             Action.RELEASE: self._release,
@@ -184,7 +184,7 @@ class TargetMove:
     def _page_sink(self) -> PageSink:
         if self._offer.mode == "stopcopy":
             return NoPages()
-        self._shared = SharedTarget(self._restore.memory_files)
+        self._shared = SharedTarget(self._restore.memory_files, self._restore.charger.take)
         # Started now: in the blackout it only has to be told where the pages are.
         self._pager = Pager(self._containers.cgroup(self._spec.id).paths(), record=self._directory / DEATH_RECORD)
         self._stores = StorePages(
@@ -297,6 +297,7 @@ class TargetMove:
             marks_ms={
                 "restore": (marks["restored"] - marks["restore"]) * 1000,
                 "release": (marks["released"] - marks["release"]) * 1000,
+                "shared": self._shared.place_ms if self._shared is not None else 0.0,
             },
             lazy=self._lazy_pager is not None,
         )

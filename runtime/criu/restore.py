@@ -33,6 +33,7 @@ from runtime.neighbours import NeighbourTable
 from runtime.network import ContainerNetwork, ensure_bridge
 from runtime.networks import host_for
 from runtime.packets import PacketHold
+from runtime.sandbox.charger import Charger
 from runtime.sandbox.launch import MonitorLaunch, SandboxOrders
 from runtime.wayback import lead_back
 from runtime.wire import ContainerWire, WireSpec
@@ -66,6 +67,8 @@ class HeldRestore:
         """MAC of the bridge that connections shall go on through (wayback.py); to be set before ``prepare``."""
         self.memory_files: tuple[int, ...] = ()
         """After ``prepare``: empty memory files that CRIU has as well, for ``restore`` to name. This object's."""
+        self.charger = Charger()
+        """For who fills them, or other memory of the container."""
         self.wire: WireSpec | None = None
         """To the host it comes from, where that is in another segment; to be set before ``prepare``."""
         self._wire: ContainerWire | None = None
@@ -112,9 +115,11 @@ class HeldRestore:
             for _ in range(MEMORY_FILES):
                 # Named as CRIU would name what it made for anonymous shared memory.
                 self.memory_files += (os.memfd_create(ANONYMOUS_NAME, os.MFD_CLOEXEC),)
-            self._launch = MonitorLaunch(orders, "restore", (theirs.fileno(), *self.memory_files))
+            passed = (theirs.fileno(), self.charger.helpers.fileno(), *self.memory_files)
+            self._launch = MonitorLaunch(orders, "restore", passed)
         finally:
             theirs.close()
+            self.charger.started()
         self._session = CriuSession(ours)
         self._sandbox = self._launch.expect("sandbox")
 
@@ -285,6 +290,7 @@ class HeldRestore:
         for fd in self.memory_files:
             os.close(fd)
         self.memory_files = ()
+        self.charger.close()
 
     def _close_network(self) -> None:
         self.close_memory_files()

@@ -30,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from runtime.linux import calls
-from runtime.sandbox import init, rootfs
+from runtime.sandbox import charger, init, rootfs
 from runtime.sandbox.service import Service
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -51,7 +51,7 @@ class LaunchFailed(Exception):
 class Monitor:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
-        message, fds, _flags, _address = socket.recv_fds(control, MAX_MESSAGE_BYTES, 1 + len(CRIU_MEMORY_FDS))
+        message, fds, _flags, _address = socket.recv_fds(control, MAX_MESSAGE_BYTES, 2 + len(CRIU_MEMORY_FDS))
         self._config: dict[str, Any] = json.loads(message)
         self._passed_fds = fds
         self._pipes = [os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)]
@@ -151,7 +151,8 @@ class Monitor:
 
     def _restore(self) -> None:
         """Start ``criu swrk`` as a child, in the container's cgroups; the caller talks to it and says how it went."""
-        rpc, *memory = self._passed_fds
+        rpc, charging, *memory = self._passed_fds
+        self._start_charger(charging)
         criu = os.fork()
         if criu == 0:
             try:
@@ -180,6 +181,15 @@ class Monitor:
         self._init_pid = int(message["init_pid"])
         os.waitpid(criu, 0)
 
+    def _start_charger(self, fd: int) -> None:
+        if os.fork() == 0:
+            try:
+                os.dup2(fd, 3)
+                os.closerange(4, 4096)
+                charger.serve(socket.socket(fileno=3), self._config["cgroup_paths"])
+            finally:
+                os._exit(0)
+
     def _exec_criu(self, rpc: int, memory: list[int]) -> None:
         init.join_cgroups(self._config["cgroup_paths"])
         # Tasks that CRIU restores with cgroups ignored stay in its cgroup and its cgroup namespace: the container's.
@@ -191,7 +201,7 @@ class Monitor:
         wanted |= dict(zip(CRIU_MEMORY_FDS, memory, strict=False))
         # First out of the way of the wanted numbers, then onto them.
         moved = {number: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 64) for number, fd in wanted.items()}
-        for fd in (rpc, *memory):
+        for fd in self._passed_fds:
             os.close(fd)
         for number, fd in moved.items():
             os.dup2(fd, number)

@@ -68,6 +68,7 @@ FIELDS = [
     "memory_bytes",
     "sent_bytes",
     "packed",
+    "shared",
     "direct",
     "rounds",
     "fill",

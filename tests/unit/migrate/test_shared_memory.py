@@ -18,7 +18,7 @@ from migrate.messages import Discard, FrozenState
 from migrate.outgoing import Outgoing
 from migrate.shared_source import LEAST_BYTES, SharedSource
 from migrate.shared_target import SharedTarget
-from runtime.api import ContainerState
+from runtime.api import ContainerState, Status
 from runtime.memory.api import Segment
 from runtime.memory.maps import Kind, Mapping
 from runtime.memory.open_segment import OpenSegment
@@ -62,7 +62,12 @@ class Host:
             os.close(fd)
 
 
+class Held:
+    state = ContainerState(status=Status.RUNNING)
+
+
 class Dump:
+    container = Held()
     mounts = ()
     pipes = (1, 2)
     neighbours: dict[str, str] = {}
@@ -83,11 +88,9 @@ class Move:
 
     def end(self) -> FrozenState:
         self.source.finish(self.host.spaces())
-        state = ContainerState(status="running")  # type: ignore[arg-type]
         send_frozen_state(
             self.out,
             Dump(),  # type: ignore[arg-type]
-            state,
             self.source,
             channel_is_shared=False,
             mark=self.marks.append,
