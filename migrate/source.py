@@ -217,7 +217,7 @@ class SourceMove:
         # A second Ctrl-C must not leave the container as the first one found it: frozen.
         with signals_ignored():
             self._on(event_of(error))
-        if isinstance(error, (KeyboardInterrupt, MoveRefused)):
+        if isinstance(error, KeyboardInterrupt) or (isinstance(error, MoveRefused) and not self._dump.was_frozen):
             raise error
         raise RolledBack.because(error) from error
 
