@@ -51,8 +51,14 @@ class Churning:
         try:
             wait_for(lambda: all(now > then for now, then in zip(self.steps(), before, strict=True)), "more steps")
         except AssertionError as error:
-            raise AssertionError(f"{error}: {before}, {self.steps()}\n{self._log.read_text()}") from error
-        assert not (self._upper / "wrong").exists(), (self._upper / "wrong").read_text()
+            told = f"{self.wrong()}\n{self._log.read_text()}"
+            raise AssertionError(f"{error}: {before}, {self.steps()}\n{told}") from error
+        assert not self.wrong()
+
+    def wrong(self) -> str:
+        """What the workers have complained about."""
+        file = self._upper / "wrong"
+        return file.read_text() if file.exists() else ""
 
 
 @pytest.mark.parametrize("make", [UffdTracker, HashTracker])
