@@ -19,6 +19,7 @@ from migrate.journal import RELEASING, Journal, MoveJournal, boot_id, close_jour
 from migrate.postcopy_target import DEATH_RECORD, MISSING_MARK
 from migrate.report import MoveReport, Outcome, ReportedError
 from migrate.reports import ReportStore
+from migrate.waiting import door_of
 from runtime.api import Status
 from runtime.container import Containers
 from runtime.errors import Busy, CorruptData, NotFound, RuntimeFault
@@ -173,6 +174,7 @@ def undo_reservation(host: HostConfig, journal: MoveJournal) -> None:
         containers.clean_up(container_id)
         _undo_wire(containers, journal)
         containers.store.forget_reservation(container_id, journal.move_id)
+    door_of(host.run_dir, journal.move_id).unlink(missing_ok=True)
     shutil.rmtree(host.state_dir / "moves" / journal.move_id, ignore_errors=True)
 
 

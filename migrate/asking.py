@@ -6,7 +6,7 @@ import contextlib
 import time
 
 from migrate import messages
-from migrate.errors import ContainerLost, InDoubt, MigrateError, PeerFailed, ProtocolViolation, describe
+from migrate.errors import ContainerLost, InDoubt, MigrateError, PeerFailed, ProtocolViolation, RolledBack, describe
 from migrate.links import Session, connect
 from migrate.observe import Warning
 from migrate.postcopy_source import KeptMemory
@@ -19,7 +19,7 @@ ASK_TIMEOUT_S = 10.0
 SETTLE_TIMEOUT_S = 20.0
 SETTLE_PAUSE_S = 0.3
 # A target that is told that a move is off needs milliseconds to undo it; one that hangs is not waited for.
-UNDO_TIMEOUT_S = 5.0
+DISCARD_TIMEOUT_S, UNDO_TIMEOUT_S = 10.0, 5.0
 _GIVEN_UP = (messages.Error.TYPE, messages.Refused.TYPE)
 
 
@@ -35,10 +35,14 @@ def ask(host: HostConfig, target: str, move_id: str, epoch: int, timeout_s: floa
     return answer.state
 
 
-def until_given_up(session: Session) -> None:
-    """After DISCARD, until the target has undone the move, or is gone, or has had time enough."""
-    deadline = Deadline.after(UNDO_TIMEOUT_S)
+def discard(session: Session, move_id: str, epoch: int, *, wait: bool) -> None:
+    """Tell the target that it is off. ``wait`` until it has undone it, or is gone, or has had time enough."""
+    message = messages.Discard(move_id=move_id, epoch=epoch, why="the move was called off")
     with contextlib.suppress(TransportError):
+        session.channel.send(Frame.control(message.to_message()), deadline=Deadline.after(DISCARD_TIMEOUT_S))
+        if not wait:
+            return
+        deadline = Deadline.after(UNDO_TIMEOUT_S)
         while session.channel.receive(deadline=deadline).message().get("type") not in _GIVEN_UP:
             pass
 
@@ -79,6 +83,39 @@ def after_the_switch(
         if deadline.expired():
             raise InDoubt.while_filling(move_id, cause) from cause
         time.sleep(SETTLE_PAUSE_S)
+
+
+def what_became(
+    host: HostConfig, session: Session, move_id: str, cause: BaseException, limit_s: float, epoch: int = 1
+) -> MigrateError | None:
+    """After COMMIT, when ``cause`` took the answer away: asked again and again for so long, on links of their own. That
+    of ``session`` is cut.
+
+    None: it runs there. ContainerLost: it ran there, and not all of its memory came. RolledBack: it never will.
+    Otherwise InDoubt; so too when somebody does not want to wait.
+    """
+    session.channel.abort()
+    if isinstance(cause, InDoubt):
+        return cause
+    deadline = Deadline.after(limit_s)
+    state = ""
+    try:
+        while True:
+            # Of a link that is down the first answer is late: the target may have been able to answer all the while.
+            with contextlib.suppress(TransportError, MigrateError, RuntimeFault):
+                state = ask(host, session.entry.name, move_id, epoch, timeout_s=min(ASK_TIMEOUT_S, max(limit_s, 1.0)))
+            if state in ("running", "lost", "refused") or deadline.expired():
+                break
+            time.sleep(SETTLE_PAUSE_S)
+    except KeyboardInterrupt:
+        state = ""
+    if state == "running":
+        return None
+    if state == "lost":
+        return ContainerLost.because(cause)
+    if state == "refused":
+        return RolledBack.because(cause)
+    return InDoubt.after_commit(move_id, cause)
 
 
 def not_seen_complete(error: BaseException, name: str) -> Warning:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from migrate import target_machine
-from migrate.errors import BlackoutTooLong, MoveRefused, PeerFailed
+from migrate.errors import BlackoutTooLong, MoveRefused, PeerFailed, RolledBack
 from migrate.machine import Event
 from transport.api import ChannelClosed, DeadlineExpired, TransportError
 
@@ -12,7 +12,8 @@ def event_of(error: BaseException) -> Event:
     """The event that ends a move when this was raised."""
     if isinstance(error, KeyboardInterrupt):
         return Event.CANCELLED
-    if isinstance(error, (MoveRefused, PeerFailed)):
+    # Somebody who asked the target made a rollback of its answer.
+    if isinstance(error, (MoveRefused, PeerFailed, RolledBack)):
         return Event.TARGET_REFUSED
     if isinstance(error, BlackoutTooLong):
         return Event.TIMEOUT

@@ -41,6 +41,8 @@ class Course:
     link_Bps: float | None = None
     frozen_ms: float | None = None
     began: bool = False
+    unreachable: bool = False
+    """The target was tried for as long as the operator wants."""
     versions: Versions = field(default_factory=Versions)
 
 
@@ -49,10 +51,11 @@ def moved_report(course: Course, source: SourceMove) -> MoveReport:
     clock = source.clock
     running_at = clock.at("finish")
     sent = source.out.sent_bytes
+    last = source.rounds.last if source.rounds is not None else None
     return replace(
         report_of(course, Outcome.MIGRATED),
         rounds=source.rounds.count if source.rounds is not None else 0,
-        predicted_blackout_ms=source.predicted_ms if source.predicted_ms is not None else course.predicted_ms,
+        predicted_blackout_ms=last.blackout_ms if last is not None else course.predicted_ms,
         slowed_to_cpus=source.rounds.throttled_cpus if source.rounds is not None else None,
         total_ms=(running_at - course.begin) * 1000,
         blackout_ms=(running_at - clock.at("freeze")) * 1000,
@@ -63,6 +66,9 @@ def moved_report(course: Course, source: SourceMove) -> MoveReport:
         fill=_fill(source),
         verify=_verification(source),
         closed_connections=source.closed,
+        resumed=source.line.resumed,
+        kept_bytes=source.out.kept_bytes,
+        begun_again=source.line.beginnings - 1,
     )
 
 

@@ -20,6 +20,7 @@ from migrate.errors import ProtocolViolation
 from migrate.session import Asked, Dispatcher
 from transport.api import Channel, Deadline, Frame, Peer, TransportError
 from transport.direct import KEY_BYTES, DirectChannel, DirectListener, Meeting, dial_direct, supported
+from transport.renewable import RenewableChannel
 
 REACH_S = 1.0
 """How long the source tries to reach the port: one that is closed by dropping packets costs so long in each move."""
@@ -80,8 +81,7 @@ def answer_direct(asked: Asked, message: Mapping[str, Any]) -> None:
     with listener:
         direct = _meet(asked, listener)
     if direct is not None:
-        with direct:
-            _serve(direct, asked)
+        _serve(direct, asked)
 
 
 def _meet(asked: Asked, listener: DirectListener) -> Channel | None:
@@ -116,11 +116,15 @@ def _meet(asked: Asked, listener: DirectListener) -> Channel | None:
 
 
 def _serve(direct: Channel, asked: Asked) -> None:
+    # A move goes on when another connection is put underneath.
+    channel = RenewableChannel(direct)
+
     def cut(_number: int, _frame: FrameType | None) -> None:
-        direct.abort()
+        channel.abort()
 
     before = signal.signal(signal.SIGTERM, cut)
     try:
-        Dispatcher(direct, asked.host).go_on(asked.peer_hello)
+        with channel:
+            Dispatcher(channel, asked.host).go_on(asked.peer_hello)
     finally:
         signal.signal(signal.SIGTERM, before)

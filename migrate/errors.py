@@ -14,6 +14,7 @@ MigrateError              what went wrong; ``hint`` says what to do next
 |-- InDoubt               COMMIT is out and no answer came; the source stays frozen and asks
 |-- MemoryDiffers         --verify: a page on the target is not what it was on the source
 |-- ProtocolViolation     the peer sent what this protocol does not allow
+|-- CanNotResume          the link is back, and the target has nothing of this move any more
 |-- NoCommonProtocol      the two versions of cmigrate do not understand each other
 `-- PeerFailed            the other host reported an error; carries its code and decisive lines
 
@@ -91,6 +92,10 @@ class ProtocolViolation(MigrateError):
 
 class NoCommonProtocol(MigrateError):
     pass
+
+
+class CanNotResume(MigrateError):
+    """The link is back, and what went before it broke is of no use: the move has to begin again."""
 
 
 class PeerFailed(MigrateError):
@@ -242,6 +247,7 @@ CODES: tuple[tuple[type[BaseException], str, ExitCode], ...] = (
     (MoveRefused, "refused", ExitCode.REFUSED),
     (ProtocolViolation, "protocol", ExitCode.CONNECTION),
     (NoCommonProtocol, "protocol-version", ExitCode.CONNECTION),
+    (CanNotResume, "can-not-resume", ExitCode.CONNECTION),
     (runtime_errors.BadInput, "bad-input", ExitCode.USAGE),
     (runtime_errors.NotFound, "not-found", ExitCode.NOT_FOUND),
     (runtime_errors.NameTaken, "name-taken", ExitCode.REFUSED),

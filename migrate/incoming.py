@@ -41,6 +41,7 @@ class Incoming:
         expected: ExpectedMemory | None,
         deadline: Callable[[], Deadline],
         on_frozen: Callable[[], None],
+        on_reach: Callable[[], None] = lambda: None,
     ) -> None:
         self._channel = channel
         self._deadline = deadline
@@ -53,7 +54,10 @@ class Incoming:
         self._space: SpaceId | None = None
         self._log = log
         self._on_frozen = on_frozen
+        self._on_reach = on_reach
         self.received_bytes = 0
+        self.taken = 0
+        """Bulk messages that have come whole: what a source that lost the link need not send again."""
 
     def until_control(self) -> dict[str, Any]:
         """Receive and store bulk frames; returns the first control message that is none of theirs."""
@@ -61,6 +65,7 @@ class Incoming:
             "tree-changes": self._tree_changes,
             "image": self._image,
             "log": self._receive_log,
+            messages.Reach.TYPE: lambda _message: self._on_reach(),
             messages.Frozen.TYPE: lambda _message: self._on_frozen(),
             "space": self._open_space,
             "pages": self._receive_pages,
@@ -75,6 +80,7 @@ class Incoming:
             if handler is None:
                 return message
             handler(message)
+            self.taken += message["type"] in messages.BULK_TYPES
 
     def finish(self) -> None:
         """Everything has arrived: complete the files."""

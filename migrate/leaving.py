@@ -26,14 +26,15 @@ class Leaving:
         self.wire = wire
         self._end: ContainerWire | None = None
 
-    def get_ready(self, offer: Offer, undo: ExitStack) -> Offer:
+    def get_ready(self, offer: Offer, undo: ExitStack, *, reconnect_s: float) -> Offer:
         """The offer, with what the target must know; ``undo`` takes back what was made, unless the container has left.
         Raises KernelCallFailed, ProgramFailed."""
         if self.wire is not None and self._spec.network is not None:
             self._end = ContainerWire(self._host, self._spec, self.wire)
             undo.callback(self._undo)
             self._end.prepare(toward=True)
-        return dataclasses.replace(offer, way_back=way_back(self._host, self._spec), wire=self.wire)
+        back = way_back(self._host, self._spec)
+        return dataclasses.replace(offer, way_back=back, wire=self.wire, reconnect_s=reconnect_s)
 
     def _undo(self) -> None:
         if self._end is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import threading
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from migrate.deferral import Deferral, Split
@@ -43,6 +43,9 @@ class LiveMemory:
         self._deferral: Deferral[int] = Deferral()
         self._split: Split[int] = self._deferral.scanned({})
         self._pid_of: dict[int, int] = {}
+        self._missed: dict[int, PageRanges] = {}
+        """What got lost with a link and could not be read again: it is not fresh, whoever noted that it was sent."""
+        out.memory_again = self.send_again
         self.fresh: dict[int, PageRanges] = {}
         """By pid inside the container: pages of which the target has the present content."""
         self.hidden: dict[int, PageRanges] = {}
@@ -127,6 +130,23 @@ class LiveMemory:
         self._deferral.sent(wanted)
         return sum(ranges.bytes for ranges in wanted.values())
 
+    def send_again(self, message: Mapping[str, object]) -> None:
+        """What got lost with a broken link: these pages, as they are now. That may be newer than what was found
+        written, and then it will be found again; it is never older."""
+        # By the pid inside, or the number of a segment.
+        inside, runs, zeros = message["id"], message["runs"], message["zeros"]
+        assert isinstance(inside, int)
+        assert isinstance(runs, list)
+        assert isinstance(zeros, list)
+        pairs = [*zip(runs[::2], runs[1::2], strict=True), *zip(zeros[::2], zeros[1::2], strict=True)]
+        wanted = PageRanges.from_spans((address, address + pages * PAGE_BYTES) for address, pages in pairs)
+        if message["type"] == "shared":
+            assert self.shared is not None
+            self.shared.send_again(inside, wanted)
+            return
+        sent = self._read_and_send(inside, self._pid_of[inside], wanted, memoryview(bytearray(PIECE_BYTES)))
+        self._missed[inside] = (self._missed.get(inside, EMPTY) | wanted) - sent
+
     def finish(self, page_filter: PageFilter | None = None) -> int:
         """Everything is frozen: the last scan. Afterwards ``fresh`` is final.
 
@@ -187,21 +207,26 @@ class LiveMemory:
             self.shared.close()
 
     def _forget_stale(self, inside: int, process: ProcessScan) -> None:
-        before = self.fresh.get(inside, EMPTY)
+        before = self.fresh.get(inside, EMPTY) - self._missed.pop(inside, EMPTY)
         self.fresh[inside] = (before & process.existing) - process.to_copy
 
     def _copy(self, inside: int, pid: int, wanted: PageRanges) -> None:
+        sent = self._read_and_send(inside, pid, wanted, self._buffer)
+        self.fresh[inside] = self.fresh.get(inside, EMPTY) | sent
+
+    def _read_and_send(self, inside: int, pid: int, wanted: PageRanges, buffer: memoryview) -> PageRanges:
+        """What of it could be read."""
         ranges = [(start, end - start) for start, end in wanted.spans()]
         copied: list[tuple[int, int]] = []
         try:
             with MemoryReader(pid) as reader:
-                for filled, data, zeros in reader.content(ranges, self._buffer):
+                for filled, data, zeros in reader.content(ranges, buffer):
                     self._tell_tracker(pid, filled, data, zeros)
                     send_memory(self._out, inside, filled, data, zeros)
                     copied += ((address, address + size) for address, size in (*filled, *zeros))
         except (ProcessEnded, FileNotFoundError, ProcessLookupError):
             pass  # the next scan says so
-        self.fresh[inside] = self.fresh.get(inside, EMPTY) | PageRanges.from_spans(copied)
+        return PageRanges.from_spans(copied)
 
     def _tell_tracker(self, pid: int, filled: list[Range], data: memoryview, zeros: list[Range]) -> None:
         position = 0
@@ -215,10 +240,7 @@ class LiveMemory:
 def send_memory(out: Outgoing, inside: int, filled: list[Range], data: memoryview, zeros: list[Range]) -> None:
     """Pages of the task with this pid inside: ``data`` is the content of ``filled``; of ``zeros`` the news goes."""
     message = {"type": "memory", "id": inside, "runs": _in_pages(filled), "zeros": _in_pages(zeros)}
-    if filled:
-        out.memory(message, data)
-    else:
-        out.control(message)
+    out.memory(message, data if filled else data[:0])
 
 
 def _in_pages(ranges: list[Range]) -> list[int]:

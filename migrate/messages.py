@@ -9,12 +9,10 @@ Bulk (tree-changes, image, space, pages, log) is announced by maps of its own, s
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Self, get_type_hints
+from typing import Annotated, ClassVar
 
-from migrate.errors import MigrateError, MoveRefused, NoCommonProtocol, PeerFailed, ProtocolViolation, describe
+from migrate.errors import MigrateError, MoveRefused, NoCommonProtocol, PeerFailed, describe
 from migrate.fields import (
     Count,
     Digests,
@@ -38,58 +36,15 @@ from migrate.fields import (
     Versions,
     Wire,
 )
-from migrate.wire import MAX_TEXT, Check, Unfit, integer
+from migrate.message import MESSAGES as MESSAGES
+from migrate.message import Message as Message
+from migrate.message import parse as parse
+from migrate.wire import MAX_TEXT, integer
 
 PROTOCOL = OLDEST_PROTOCOL = 1
 """The newest protocol this version speaks, and the oldest."""
 HELD_FLAG = 1 << 8
 """Beside CRIU's flags of a run in ``pages``: the target has these pages already, and no data follows for them."""
-
-
-_CHECKS: dict[str, dict[str, Check]] = {}
-
-
-def _checks(kind: type[Message]) -> dict[str, Check]:
-    """The checks of a message's fields, read from their annotations once."""
-    if kind.TYPE not in _CHECKS:
-        hints = get_type_hints(kind, include_extras=True)
-        _CHECKS[kind.TYPE] = {entry.name: hints[entry.name].__metadata__[0] for entry in dataclasses.fields(kind)}
-    return _CHECKS[kind.TYPE]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Message:
-    """Base of all control messages; ``TYPE`` is the word on the wire."""
-
-    TYPE: ClassVar[str] = ""
-
-    def to_message(self) -> dict[str, Any]:
-        """The map for the wire: plain values only."""
-        fields = {name: check.write(getattr(self, name)) for name, check in _checks(type(self)).items()}
-        return {"type": self.TYPE, **fields}
-
-    @classmethod
-    def parse(cls, message: Mapping[str, Any]) -> Self:
-        """A message of this type. An ERROR or REFUSED instead of it is raised as the error it tells."""
-        kind = message.get("type")
-        if kind != cls.TYPE:
-            if kind in (Error.TYPE, Refused.TYPE):
-                raise parse(message).as_error()  # type: ignore[attr-defined]
-            raise ProtocolViolation(f"the peer sent {_shown(kind)} where {cls.TYPE} was due")
-        given: dict[str, Any] = {}
-        for entry in dataclasses.fields(cls):
-            if entry.name in message:
-                try:
-                    given[entry.name] = _checks(cls)[entry.name].read(message[entry.name])
-                except Unfit as error:
-                    raise ProtocolViolation(f"{cls.TYPE}: field {entry.name} is {error}") from error
-            elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-                raise ProtocolViolation(f"{cls.TYPE}: field {entry.name} is missing")
-        return cls(**given)
-
-
-def _shown(kind: object) -> str:
-    return repr(kind) if not isinstance(kind, str) else repr(kind[:40])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +107,8 @@ class Offer(Message):
     verify: Flag = False
     way_back: Text = ""
     wire: Wire = None
+    reconnect_s: Time = 0.0
+    """How long the source tries to come back when the link breaks before the freeze; 0: it does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +121,43 @@ class Prepared(Message):
     packing: Lines = ()
     shared: Flag = False  # whether it can take shared memory apart from CRIU's images
     gives_back: Flag = False
+    resume: Flag = False
+    """The reservation outlives a link that breaks before the freeze, for as long as the offer asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume(Message):
+    """On a new connection, after the link broke before the freeze: the source wants to go on where it was."""
+
+    TYPE: ClassVar[str] = "resume"
+    move_id: MoveId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(Message):
+    """The answer: everything is as it was, and ``taken`` is how many bulk messages have come whole, in their order,
+    since the offer. What comes next follows the last of them."""
+
+    TYPE: ClassVar[str] = "resumed"
+    move_id: MoveId
+    taken: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach(Message):
+    """Source asks, before it freezes, whether everything so far has come."""
+
+    TYPE: ClassVar[str] = "reach"
+    move_id: MoveId
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reached(Message):
+    """The answer to it, in its place among what was sent."""
+
+    TYPE: ClassVar[str] = "reached"
+    move_id: MoveId
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,37 +358,35 @@ class Answer(Message):
 
 
 BULK_TYPES = ("tree-changes", "image", "space", "pages", "memory", "shared", "remote", "hashes", "log")
-MESSAGES: dict[str, type[Message]] = {
-    kind.TYPE: kind
-    for kind in (
-        Hello,
-        Preflight,
-        Findings,
-        Offer,
-        Prepared,
-        Frozen,
-        Holding,
-        FrozenState,
-        Verified,
-        Ready,
-        Commit,
-        Running,
-        Want,
-        Whole,
-        Complete,
-        Done,
-        Discard,
-        Refused,
-        Error,
-        Ask,
-        Answer,
-    )
-}
-
-
-def parse(message: Mapping[str, Any]) -> Message:
-    """Any control message but bulk. Raises ProtocolViolation for an unknown type or a field that does not fit."""
-    kind = message.get("type")
-    if not isinstance(kind, str) or kind not in MESSAGES:
-        raise ProtocolViolation(f"unknown message {_shown(kind)}", hint="install the same version on both hosts")
-    return MESSAGES[kind].parse(message)
+MESSAGES.update(
+    {
+        kind.TYPE: kind
+        for kind in (
+            Hello,
+            Preflight,
+            Findings,
+            Offer,
+            Prepared,
+            Resume,
+            Resumed,
+            Reach,
+            Reached,
+            Frozen,
+            Holding,
+            FrozenState,
+            Verified,
+            Ready,
+            Commit,
+            Running,
+            Want,
+            Whole,
+            Complete,
+            Done,
+            Discard,
+            Refused,
+            Error,
+            Ask,
+            Answer,
+        )
+    }
+)

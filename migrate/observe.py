@@ -103,6 +103,26 @@ class Warning:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinkLost:
+    """The link to the target broke, or another attempt to bring it back begins; ``limit_s`` is for all of them."""
+
+    KIND: ClassVar[str] = "link-lost"
+    why: str
+    waited_s: float
+    limit_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkBack:
+    """``resumed``: the move goes on where it was. Otherwise it begins again, for the target has lost what it had."""
+
+    KIND: ClassVar[str] = "link-back"
+    after_s: float
+    resumed: bool
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoveEnded:
     """The last event of every move, however it ended."""
 
@@ -110,7 +130,18 @@ class MoveEnded:
     report: MoveReport
 
 
-Event: TypeAlias = MoveStarted | Planned | PhaseStarted | Progress | RoundEnded | PhaseEnded | Warning | MoveEnded
+Event: TypeAlias = (
+    MoveStarted
+    | Planned
+    | PhaseStarted
+    | Progress
+    | RoundEnded
+    | PhaseEnded
+    | Warning
+    | LinkLost
+    | LinkBack
+    | MoveEnded
+)
 
 
 class Observer(Protocol):
@@ -208,6 +239,8 @@ class Terminal:
             if isinstance(event, Warning):
                 remedy = f" ({event.remedy})" if event.remedy else ""
                 self._say(f"warning: {event.what}{remedy}")
+            if isinstance(event, (LinkLost, LinkBack)):
+                self._say(link_text(event))
             # A refused report without an error is a dry run's; of a failure the error tells.
             if isinstance(event, MoveEnded) and event.report.outcome is Outcome.MIGRATED:
                 self._say(summary(event.report))
@@ -305,6 +338,15 @@ def progress_text(progress: Progress | None) -> str:
         if progress.total_bytes > progress.sent_bytes:
             parts.append(f"{(progress.total_bytes - progress.sent_bytes) / progress.rate_Bps:.1f} s left")
     return ", ".join(parts)
+
+
+def link_text(event: LinkLost | LinkBack) -> str:
+    """ "link lost: host2 closed the connection; trying again (2 of 30 s)" """
+    if isinstance(event, LinkLost):
+        return f"link lost: {event.why}; trying again ({event.waited_s:.0f} of {event.limit_s:g} s)"
+    if event.resumed:
+        return f"link back after {event.after_s:.1f} s: going on"
+    return f"link back: beginning again, for {event.why}"
 
 
 def mebibytes(count: float) -> str:

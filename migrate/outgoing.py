@@ -5,6 +5,7 @@ Control frames announce, data frames follow; docs/protocol.md has the grammar.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections import Counter
@@ -16,9 +17,10 @@ from typing import Any
 from migrate import messages
 from migrate.errors import MigrateError, ProtocolViolation
 from migrate.packing import Packer
+from migrate.parts import Parts
 from runtime.criu.pages import RunReader, SpaceId
 from runtime.tree import Change, SentContent, read_chunks
-from transport.api import Channel, Deadline, Frame
+from transport.api import Channel, Deadline, Frame, TransportError
 
 PAGE_BYTES = 4096
 # One data frame of pages. Small enough to overlap reading with sending, large enough that framing costs nothing.
@@ -51,8 +53,47 @@ class Outgoing:
         self._deadline = deadline
         self.sent_bytes: Counter[str] = Counter()
         self._log_inode = self._log_size = 0
+        self.mend: Callable[[TransportError], int] | None = None
+        """Brings a broken link back, and says how many parts the target has; None: a broken link is the end."""
+        self.memory_again: Callable[[Mapping[str, object]], None] | None = None
+        """Sends what the pages of a ``memory`` message hold now."""
+        self.parts = Parts()
+        self.kept_bytes = 0
+        """What the target had when the link broke for the last time, which was not sent again."""
         self.peer_may_speak = False
         """Whether the target says other things than errors while data goes out, which somebody else then receives."""
+
+    def _deliver(self, send: Callable[[], None], again: Callable[[], None], size_bytes: int) -> None:
+        """One part. When this returns it is on its way, if need be on a new link, with all that was sent before it."""
+        if self.mend is None:
+            send()
+            return
+        self.parts.add(again, size_bytes)
+        try:
+            send()
+        except TransportError as error:
+            self.send_again(error)
+
+    def send_again(self, error: TransportError) -> None:
+        """The link broke: bring it back, and send what got lost with it. Raises what ``mend`` does, CanNotResume."""
+        if self.mend is None:
+            raise error
+        lost = self.parts.rewind(self.mend(error))
+        self.kept_bytes = self.parts.total_bytes
+        for again in lost:
+            again()  # which is delivered in the same way, should the link break again
+
+    def all_has_come(self, move_id: str) -> None:
+        """Returns when the target has taken everything: the link is whole, and nothing in it waits to be sent when the
+        container is frozen. From now on a broken link is not mended. Raises as ``send_again``, and what the target
+        says instead."""
+        while self.mend is not None:
+            try:
+                self.control(messages.Reach(move_id=move_id).to_message())
+                messages.Reached.parse(self.channel.receive(deadline=self._deadline()).message())
+                self.mend = None
+            except TransportError as error:
+                self.send_again(error)
 
     def control(self, message: Mapping[str, object]) -> None:
         before = self.channel.bytes_sent
@@ -68,7 +109,18 @@ class Outgoing:
         self.sent_bytes[kind] += self.channel.bytes_sent - before
 
     def memory(self, message: dict[str, object], data: memoryview) -> None:
-        """A ``memory`` message and its pages, in the way that is best for them."""
+        """A ``memory`` message and its pages, if there are any, in the way that is best for them."""
+        send_again = self.memory_again
+        if send_again is None:
+            self._memory(message, data)
+            return
+        again = functools.partial(send_again, message)
+        self._deliver(lambda: self._memory(message, data), again, data.nbytes)
+
+    def _memory(self, message: dict[str, object], data: memoryview) -> None:
+        if not data.nbytes:
+            self.control(message)
+            return
         packer = self.pace.packer
         packed = packer.pack(data)
         begin = time.perf_counter()
@@ -78,22 +130,36 @@ class Outgoing:
 
     def tree(self, number: int, root: int, changes: Iterable[Change], sent: SentContent) -> None:
         """Changes of tree ``number`` (0 the upper layer, 1.. the tmpfs mounts), each followed by its content."""
-        batch: list[dict[str, object]] = []
+        batch: list[Change] = []
         weight = 0
         for change in changes:
             if weight + change.weight_bytes > CHANGES_BYTES and batch:
-                self.control({"type": "tree-changes", "tree": number, "changes": batch})
+                self._tree_part(number, root, batch, sent)
                 batch, weight = [], 0
-            batch.append(change.to_message())
+            batch.append(change)
             weight += change.weight_bytes
             if change.has_content or len(batch) >= CHANGES_PER_MESSAGE:
-                self.control({"type": "tree-changes", "tree": number, "changes": batch})
+                self._tree_part(number, root, batch, sent)
                 batch, weight = [], 0
-            if change.has_content:
+        self._tree_part(number, root, batch, sent, end=True)
+
+    def _tree_part(
+        self, number: int, root: int, batch: Sequence[Change], sent: SentContent, *, end: bool = False
+    ) -> None:
+        """The first pass over a tree has no patches, so that any part of it may be applied twice."""
+
+        def send() -> None:
+            message = {"type": "tree-changes", "tree": number, "changes": [change.to_message() for change in batch]}
+            self.control({**message, "end": True} if end else message)
+            if batch and (change := batch[-1]).has_content:
                 for offset, chunk in read_chunks(root, change, sent=sent):
                     self.data("files", offset, (chunk,))
                 self.data("files", 0, (b"",))
-        self.control({"type": "tree-changes", "tree": number, "changes": batch, "end": True})
+
+        def again() -> None:
+            self._tree_part(number, root, batch, sent, end=end)
+
+        self._deliver(send, again, sum(change.weight_bytes + change.size for change in batch))
 
     def images(self, directory: Path) -> None:
         """Every image file of ``directory``; the target refuses names that are not images."""
@@ -109,6 +175,14 @@ class Outgoing:
         """The container's log: all of it the first time, then what was appended since."""
         if not path.exists():
             return
+
+        def again() -> None:
+            self._log_inode = self._log_size = 0
+            self.log(path)
+
+        self._deliver(lambda: self._send_log(path), again, path.stat().st_size)
+
+    def _send_log(self, path: Path) -> None:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             # A log that was rotated meanwhile is another file, and goes as a whole.

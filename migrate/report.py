@@ -131,7 +131,10 @@ class MoveReport:
     vxlan over a wire between them; empty without a network. ``why`` the mode was taken; ``predicted_blackout_ms`` by
     the last round, else by the plan, None without either; ``slowed_to_cpus`` None when it ran at its own speed.
     ``closed_connections`` are TCP connections of the container that were ended when it froze: "LOCAL:PORT -
-    REMOTE:PORT". ``blockers`` are preflight's, as mappings with check, what and remedy.
+    REMOTE:PORT". ``resumed``: how often the link broke before the freeze and the move went on where it was, without the
+    ``kept_bytes`` that the target had by then; ``begun_again``: how often nothing was left there to go on from, in
+    which case all other figures are of the last attempt. ``blockers`` are preflight's, as mappings with check, what and
+    remedy.
     """
 
     id: str
@@ -159,6 +162,9 @@ class MoveReport:
     predicted_blackout_ms: float | None = None
     slowed_to_cpus: float | None = None
     closed_connections: tuple[str, ...] = ()
+    resumed: int = 0
+    kept_bytes: int = 0
+    begun_again: int = 0
     health: Health | None = None
     versions: Versions = field(default_factory=Versions)
     error: ReportedError | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from migrate import machine, target_machine
+from migrate.answers import dismiss_waiting
 from migrate.arrivals import undo_reservation
 from migrate.errors import MoveRefused, StillInDoubt
 from migrate.journal import MoveJournal, close_journal, read_all
@@ -46,6 +47,7 @@ class Settled:
 def settle(host: HostConfig, reference: str) -> Settled:
     """Finish or undo what journals and the other host allow. Raises NotFound for a name nothing here is known of."""
     container_id = _container_id(host, reference)
+    dismiss_waiting(host, container_id, if_waiting=True)
     told = recover(host)
     return Settled(told=told, open_moves=[journal.move_id for journal in _open(host, container_id)])
 

@@ -12,9 +12,13 @@ from typing import Protocol
 
 from migrate.costs import DirtySample, FixedCosts
 from migrate.errors import NotConverging
+from migrate.memory_source import LiveMemory
 from migrate.observe import Observer, RoundEnded, Warning
+from migrate.outgoing import Outgoing
 from migrate.precopy import Budget, Decision, Kind, Precopy, Round
+from runtime.cgroup import ContainerCgroup
 from runtime.errors import MissingFeature, ProgramFailed
+from runtime.throttle import CpuThrottle
 
 # Windows in which the dirty rate is sampled before the first round; together they cost no more than one round does.
 SAMPLE_WINDOWS_S = (0.01, 0.03)
@@ -162,6 +166,20 @@ class Rounds:
                 reasons=decision.reasons,
             )
         )
+
+
+def rounds_of(
+    live: LiveMemory,
+    out: Outgoing,
+    cgroup: ContainerCgroup,
+    own_cpus: float | None,
+    observer: Observer,
+    budget: Budget,
+) -> Rounds:
+    """Of a container in ``cgroup``, by ``live``, that may use so many processors."""
+    gauges = Gauges(page_wire_bytes=lambda: out.sent_bytes["pages"], cpu_s=lambda: cgroup.stats().cpu_usage_s)
+    throttle, fast = CpuThrottle(cgroup, own_cpus=own_cpus), out.pace.switchover_Bps
+    return Rounds(live, gauges, throttle, observer, budget, switchover_rate_Bps=fast)
 
 
 def untracked_warning(untracked: Mapping[int, str]) -> Warning | None:

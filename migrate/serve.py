@@ -19,16 +19,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import FrameType
 
+from migrate.answers import register_handlers
 from migrate.errors import MigrateError
 from migrate.inventory import Inventory
 from migrate.recover import recover
 from migrate.session import Dispatcher
-from migrate.wiring import register_handlers
+from migrate.waiting import HandedOver
 from runtime.errors import RuntimeFault
 from runtime.forked import Forked, fork
 from runtime.host import HostConfig, load_host_config
 from transport.api import Channel, Deadline, Peer, TransportError
 from transport.local import from_stdio
+from transport.renewable import RenewableChannel
 from transport.tcp import accept, listen
 from transport.tls import HANDSHAKE_S, server_handshake
 
@@ -41,7 +43,9 @@ GRACE_S = 10.0
 
 def say(text: str) -> None:
     """To stderr, which systemd keeps; stdout may carry the protocol."""
-    print(f"cmigrate serve: {text}", file=sys.stderr, flush=True)
+    # The SSH session whose stderr it was may be gone.
+    with contextlib.suppress(OSError):
+        print(f"cmigrate serve: {text}", file=sys.stderr, flush=True)
 
 
 def run_session(channel: Channel, host: HostConfig) -> bool:
@@ -53,16 +57,23 @@ def run_session(channel: Channel, host: HostConfig) -> bool:
     def cut(_number: int, _frame: FrameType | None) -> None:
         channel.abort()
 
+    # A move goes on when another connection is put underneath.
+    channel = RenewableChannel(channel)
     before = signal.signal(signal.SIGTERM, cut)
     register_handlers()
+    handed: HandedOver | None = None
     try:
         Dispatcher(channel, host).run()
+    except HandedOver as handing:
+        handed = handing
     except (MigrateError, RuntimeFault, TransportError, OSError) as error:
         say(f"session with {channel.peer.name} ({channel.peer.detail}): {error}")
         return False
     finally:
         signal.signal(signal.SIGTERM, before)
         channel.close()
+    if handed is not None and channel.peer.transport == "ssh":
+        handed.wait()  # an SSH server ends the connection with the program that it started
     return True
 
 

@@ -128,6 +128,15 @@ class SharedSource:
             self._copy(place.id, known, wanted, note=False)
             self.sent_after_bytes += wanted.bytes
 
+    def send_again(self, number: int, lost: PageRanges) -> None:
+        """Pages, or that they are no more, got lost with a broken link: they go as they are now."""
+        known = self._known.get(number)
+        if known is not None:
+            self._copy(number, known, lost, buffer=memoryview(bytearray(PIECE_BYTES)))
+            return
+        zeros = [value for run in lost for value in (run.address, run.pages)]
+        self.out.memory({"type": "shared", "id": number, "runs": [], "zeros": zeros}, ZEROS[:0])
+
     def close(self) -> None:
         """Not for a blackout: what is mapped here is unmapped."""
         if self._comparison is not None:
@@ -166,15 +175,14 @@ class SharedSource:
         if segment is not None:
             segment.close()
 
-    def _copy(self, number: int, known: _Known, wanted: PageRanges, *, note: bool = True) -> None:
-        for filled, data, zeros in known.segment.content(wanted, self._buffer):
+    def _copy(
+        self, number: int, known: _Known, wanted: PageRanges, *, note: bool = True, buffer: memoryview | None = None
+    ) -> None:
+        for filled, data, zeros in known.segment.content(wanted, self._buffer if buffer is None else buffer):
             if note and self.in_rounds:
                 _note(known.segment, filled, data, zeros)
             message = {"type": "shared", "id": number, "runs": _in_pages(filled), "zeros": _in_pages(zeros)}
-            if filled:
-                self.out.memory(message, data)
-            else:
-                self.out.control(message)
+            self.out.memory(message, data if filled else data[:0])
         known.held |= wanted
 
     def _forget(self, number: int, known: _Known, existing: PageRanges) -> None:
@@ -182,7 +190,7 @@ class SharedSource:
         spans = [(start, end - start) for start, end in (known.held - existing).spans()]
         for first in range(0, len(spans), RUNS_PER_MESSAGE):
             zeros = _in_pages(spans[first : first + RUNS_PER_MESSAGE])
-            self.out.control({"type": "shared", "id": number, "runs": [], "zeros": zeros})
+            self.out.memory({"type": "shared", "id": number, "runs": [], "zeros": zeros}, ZEROS[:0])
         known.held &= existing
 
 

@@ -11,16 +11,15 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from migrate import messages
-from migrate.asking import bring_memory, not_seen_complete, until_given_up
+from migrate.asking import bring_memory, discard, not_seen_complete, what_became
 from migrate.causes import event_of
 from migrate.departure import UndoWindow, keep_copy, leave_record, must_give_back
-from migrate.errors import InDoubt, MoveRefused, PeerFailed, RolledBack, name_peer
+from migrate.errors import ContainerLost, InDoubt, MoveRefused, PeerFailed, RolledBack, name_peer
 from migrate.filtering import load_filter
 from migrate.frozen_state import send_frozen_state
 from migrate.guards import CallOff, garbage_collector_off, signals_ignored
 from migrate.journal import Journal
 from migrate.leaving import Leaving
-from migrate.links import Session
 from migrate.machine import JOURNALED, Action, Event, Phase, step
 from migrate.memory_source import DifferenceSender, LiveMemory, PageThread
 from migrate.messages_kept import Keeping
@@ -30,7 +29,8 @@ from migrate.phases import PhaseClock
 from migrate.plan import NEED_CONSENT
 from migrate.postcopy_source import KeptMemory
 from migrate.precopy import Budget
-from migrate.rounds import Gauges, Rounds, untracked_warning
+from migrate.reconnect import Line
+from migrate.rounds import Rounds, rounds_of, untracked_warning
 from migrate.shared_source import SharedSource
 from migrate.verify_source import send_hashes
 from runtime.api import Container
@@ -44,14 +44,12 @@ from runtime.errors import CriuFailed
 from runtime.host import HostConfig
 from runtime.memory.tracker import make_tracker
 from runtime.memory.tracker_still import StillTracker
-from runtime.throttle import CpuThrottle
 from runtime.tree import SentContent, Snapshot, compare, mapped_inodes, scan
 from runtime.workdir import WorkDirectory
-from transport.api import Deadline, Frame, TransportError
+from transport.api import Deadline, TransportError
 
 IDLE_TIMEOUT_S = 120.0
 READY_TIMEOUT_S = 600.0  # it comes after the whole restore, which grows with memory where that is eager
-DISCARD_TIMEOUT_S = 10.0
 COMPLETE_TIMEOUT_S = 3600.0
 FIRST_EPOCH = 1
 
@@ -65,7 +63,7 @@ class SourceMove:
         self,
         host: HostConfig,
         container: Container,
-        session: Session,
+        line: Line,
         *,
         mode: str,
         move_id: str,
@@ -83,7 +81,7 @@ class SourceMove:
         self._containers = Containers(host)
         self._host = host
         self._container = container
-        self._session = session
+        self.line, self._session = line, line.session
         self._mode = mode
         self._move_id = move_id
         self._criu = criu
@@ -94,7 +92,7 @@ class SourceMove:
         # Image files of a stop-copy go to the disk like any file; no page of any other move does.
         self._closing = ExitStack()
         self._work = WorkDirectory(host.state_dir / "moves" / move_id if mode == "stopcopy" else None)
-        self.out = self._out = Outgoing(session.channel, lambda: Deadline.after(IDLE_TIMEOUT_S), pace)
+        self.out = self._out = Outgoing(line.session.channel, lambda: Deadline.after(IDLE_TIMEOUT_S), pace)
         self._dump = HeldDump(self._containers, container, criu, self._work.path, tcp=tcp)
         self._trees = open_tree_roots(self._containers, container, self._closing)
         self._log = self._containers.store.directory(container.id) / "log.jsonl"
@@ -143,11 +141,6 @@ class SourceMove:
             Action.SEND_DISCARD: self._send_discard,
         }
 
-    @property
-    def predicted_ms(self) -> float | None:
-        """The blackout as the last round foresaw it."""
-        return self.rounds.last.blackout_ms if self.rounds is not None and self.rounds.last is not None else None
-
     # The walk through the table
 
     def run(self) -> None:
@@ -169,6 +162,7 @@ class SourceMove:
         self._out.pace.packer.allow(self.prepared.packing)
         if self._live is not None and self.prepared.shared:
             self.shared = self._live.take_shared_apart(self._filter, in_rounds=self._mode in ("precopy", "hybrid"))
+        self._out.mend = self.line.mending(self.prepared.resume, self._move_id, FIRST_EPOCH)
         self._mark("files")
         self._on(Event.TARGET_PREPARED)
         with self._observer.blackout(), self._call_off.limited():
@@ -184,13 +178,7 @@ class SourceMove:
                 self._on(Event.TARGET_READY)
                 self.running = self._hear(messages.Running, kept=self.kept)
             self._mark("finish")
-        lost = bring_memory(self.kept, self._host, self._session, self._move_id, FIRST_EPOCH)
-        if self._window is None:
-            self._on(Event.TARGET_RUNNING)
-        else:
-            self._keep()
-        if lost is not None:
-            raise lost
+        self._finish_late(bring_memory(self.kept, self._host, self._session, self._move_id, FIRST_EPOCH))
 
     def _on(self, event: Event) -> None:
         """The phase is entered when its record is on the disk, or, without one, when all is done that leads to it."""
@@ -208,18 +196,36 @@ class SourceMove:
         if self._phase in (Phase.DONE, Phase.KEEPING):
             self._observer.on_event(not_seen_complete(error, self._container.name))
             return
-        if self._phase in (Phase.COMMITTED, Phase.IN_DOUBT) and not isinstance(error, MoveRefused):
+        if self._phase is Phase.COMMITTED and not isinstance(error, MoveRefused):
+            learnt = what_became(self._host, self._session, self._move_id, error, self.line.limit_s)
+            if learnt is None or isinstance(learnt, ContainerLost):
+                self._finish_late(learnt)
+                return
+            error = learnt
+        if isinstance(error, InDoubt):
             # Closing our end makes CRIU let go of the tasks, which the cgroup keeps frozen: nothing runs here.
             self._dump.close()
-            raise error if isinstance(error, InDoubt) else InDoubt.after_commit(self._move_id, error) from error
+            raise error
         if self._phase is Phase.INIT:
             raise error
         # A second Ctrl-C must not leave the container as the first one found it: frozen.
         with signals_ignored():
             self._on(event_of(error))
-        if isinstance(error, KeyboardInterrupt) or (isinstance(error, MoveRefused) and not self._dump.was_frozen):
+        told_already = (KeyboardInterrupt, RolledBack)
+        if isinstance(error, told_already if self._dump.was_frozen else (*told_already, MoveRefused)):
             raise error
         raise RolledBack.because(error) from error
+
+    def _finish_late(self, lost: ContainerLost | None) -> None:
+        """The link broke after COMMIT, and the target has said that it runs there, or ran and was lost."""
+        if "finish" not in self.clock:
+            self._mark("finish")
+        if self._window is None:
+            self._on(Event.TARGET_RUNNING)
+        else:
+            self._keep()
+        if lost is not None:
+            raise lost
 
     def _mark(self, name: str, ago_s: float = 0.0) -> None:
         before, at = self.clock.current, self.clock.mark(name, ago_s=ago_s)
@@ -247,7 +253,7 @@ class SourceMove:
     def _send_offer(self) -> None:
         spec, mode = self._container.spec, self._mode
         offer = messages.Offer(move_id=self._move_id, epoch=FIRST_EPOCH, mode=mode, spec=spec, verify=self._verify)
-        self._send(self._leaving.get_ready(offer, self._undo))
+        self._send(self._leaving.get_ready(offer, self._undo, reconnect_s=self.line.limit_s))
         self._undo.callback(self._work.close)
         self._work.make()
         self._undo.callback(self._dump.rollback)
@@ -266,11 +272,8 @@ class SourceMove:
         self._pages = PageThread(ours, self._criu.version, DifferenceSender(self._out, self._live))
 
     def _send_discard(self) -> None:
-        with contextlib.suppress(TransportError):
-            message = messages.Discard(move_id=self._move_id, epoch=FIRST_EPOCH, why="the move was called off")
-            self._session.channel.send(Frame.control(message.to_message()), deadline=Deadline.after(DISCARD_TIMEOUT_S))
-            if self._dump.was_frozen and not self._given_up:
-                until_given_up(self._session)
+        wait = self._dump.was_frozen and not self._given_up
+        discard(self._session, self._move_id, FIRST_EPOCH, wait=wait)
         self._dump.announce()
 
     def _send_done(self) -> None:
@@ -296,17 +299,14 @@ class SourceMove:
             self._mark("rounds")
             self._copy_memory(self._live)
         self._dump.look_ahead()
+        self._out.all_has_come(self._move_id)
 
     def _copy_memory(self, live: LiveMemory) -> None:
         if self._mode == "postcopy":
             live.scan()  # from now on what is written is known: it goes over first
             return
         own_cpus = self._container.spec.limits.cpus
-        gauges = Gauges(
-            page_wire_bytes=lambda: self._out.sent_bytes["pages"], cpu_s=lambda: self._cgroup.stats().cpu_usage_s
-        )
-        throttle, fast = CpuThrottle(self._cgroup, own_cpus=own_cpus), self._out.pace.switchover_Bps
-        self.rounds = Rounds(live, gauges, throttle, self._observer, self._budget, switchover_rate_Bps=fast)
+        self.rounds = rounds_of(live, self._out, self._cgroup, own_cpus, self._observer, self._budget)
         if self.rounds.run().action == "postcopy":
             live.keep_back = True
         if warning := untracked_warning(live.facts().untracked):

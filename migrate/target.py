@@ -27,6 +27,7 @@ from migrate.session import Asked, package_version
 from migrate.shared_target import SharedTarget
 from migrate.target_machine import JOURNALED, Action, Event, Phase, step
 from migrate.verify_target import ExpectedMemory
+from migrate.waiting import WaitingRoom
 from runtime.container import Containers
 from runtime.criu.binary import find_criu
 from runtime.criu.restore import HeldRestore
@@ -73,6 +74,7 @@ class TargetMove:
         self._work = WorkDirectory(on_disk)
         self._restore = HeldRestore(self._containers, self._spec, self._criu, self._work.path, self._directory)
         self._incoming: Incoming | None = None
+        self._room = WaitingRoom(host.run_dir, offer.move_id, asked.channel, reconnect_s=offer.reconnect_s)
         self._expected = ExpectedMemory() if offer.verify else None
         self._state: messages.FrozenState | None = None
         self._pager: Pager | None = None
@@ -88,7 +90,12 @@ class TargetMove:
             Action.RESERVE: self._reserve,
             Action.SEND_PREPARED: lambda: self._send(
                 messages.Prepared(
-                    move_id=move_id, versions=versions(), packing=WAYS, shared=self._shared is not None, gives_back=True
+                    move_id=move_id,
+                    versions=versions(),
+                    packing=WAYS,
+                    shared=self._shared is not None,
+                    gives_back=True,
+                    resume=self._room.resumes,
                 )
             ),
             Action.STORE: lambda: None,
@@ -126,8 +133,7 @@ class TargetMove:
             self._journal.close()
 
     def _drain(self) -> None:
-        """Throw away what was on its way when this side gave up: a connection closed on it would take our word along,
-        and the source would not learn why."""
+        """What was on its way when this side gave up: a connection closed on it would take our last word along."""
         deadline = Deadline.after(DRAIN_TIMEOUT_S)
         with contextlib.suppress(TransportError):
             while not self._channel_is_clear:
@@ -179,7 +185,9 @@ class TargetMove:
             expected=self._expected,
             deadline=lambda: Deadline.after(IDLE_TIMEOUT_S),
             on_frozen=self._hold_packets,
+            on_reach=lambda: self._send(messages.Reached(move_id=self._offer.move_id)),
         )
+        self._room.open()
 
     def _page_sink(self) -> PageSink:
         if self._offer.mode == "stopcopy":
@@ -193,12 +201,15 @@ class TargetMove:
         return self._stores
 
     def _hold_packets(self) -> None:
+        self._room.close()
         self._restore.hold_packets()
         self._send(messages.Holding(move_id=self._offer.move_id))
 
     def _receive(self) -> None:
-        assert self._incoming is not None
-        self._state = self._expect(messages.FrozenState, self._incoming.until_control())
+        incoming = self._incoming
+        assert incoming is not None
+        come = self._room.through(incoming.until_control, lambda: incoming.taken)
+        self._state = self._expect(messages.FrozenState, come)
         self._on(Event.STATE)
 
     def _restore_and_hold(self) -> None:
@@ -263,6 +274,7 @@ class TargetMove:
             self._incoming.close()
         self._containers.store.forget_reservation(self._spec.id, self._offer.move_id)
         self._work.close()
+        self._room.close()
 
     def _send_refused(self) -> None:
         error = self._error or MoveRefused("refused")
@@ -387,13 +399,3 @@ class TargetMove:
 def handle_offer(asked: Asked, message: Mapping[str, Any]) -> None:
     """Handler of "offer" for session.HANDLERS: one move, from offer to done."""
     TargetMove(asked, messages.Offer.parse(message)).run()
-
-
-def handle_preflight(asked: Asked, message: Mapping[str, Any]) -> None:
-    """Handler of "preflight": every finding at once; nothing is reserved."""
-    from migrate.preflight import target_findings
-
-    question = messages.Preflight.parse(message)
-    findings = target_findings(asked.host, Containers(asked.host), question.facts, mode=question.mode)
-    answer = messages.Findings(findings=tuple(finding.to_json() for finding in findings), versions=versions())
-    asked.answer(answer.to_message())

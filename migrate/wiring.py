@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import platform
 import secrets
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from migrate import messages, preflight
-from migrate.arrivals import standing
 from migrate.course import Course, failed_report, moved_report, report_of
-from migrate.direct import answer_direct
 from migrate.errors import (
     MemoryDiffers,
     MigrateError,
@@ -24,8 +21,8 @@ from migrate.errors import (
     Unhealthy,
     name_peer,
 )
-from migrate.giving_back import handle_done, handle_give_back, settle_stay
-from migrate.health import HealthCheck, handle_check_health, look_there
+from migrate.giving_back import settle_stay
+from migrate.health import HealthCheck, look_there
 from migrate.leaving import Leaving
 from migrate.links import Session, connect
 from migrate.observe import Held, MoveEnded, MoveStarted, Observer, Planned, Warning
@@ -34,19 +31,19 @@ from migrate.packing import Compress, Packer
 from migrate.plan import NEED_CONSENT, WantedMode, choose, choose_mode
 from migrate.precopy import Budget
 from migrate.probing import Probing, probe_words
+from migrate.reconnect import Line
 from migrate.recover import recover
 from migrate.report import MoveReport, Outcome, Versions
 from migrate.reports import ReportStore
-from migrate.segment import GRACE_S, WantedNetwork, answer_segment, find_way
-from migrate.session import HANDLERS, Asked, package_version
+from migrate.segment import GRACE_S, WantedNetwork, find_way
+from migrate.session import package_version
 from migrate.source import FIRST_EPOCH, SourceMove
-from migrate.survey import answer_measure, measure_rate_Bps, survey
-from migrate.target import handle_offer, handle_preflight
+from migrate.survey import measure_rate_Bps, survey
 from migrate.undo import OnUnhealthy, after_the_move, window_for
 from runtime.api import Container, Status
 from runtime.connections import TcpPolicy
 from runtime.container import Containers
-from runtime.criu.binary import find_criu
+from runtime.criu.binary import CriuBinary, find_criu
 from runtime.errors import BadInput, RuntimeFault, WrongState
 from runtime.host import HostConfig, must_be_writable
 from runtime.wire import WireSpec
@@ -93,36 +90,10 @@ class MoveOptions:
     undo_window_s: float = 0.0
     """The copy here is kept frozen for so long after the move: undo.undo takes it back."""
     timeout_s: float = 20.0
+    reconnect_s: float = 30.0
+    """How long a link that breaks before the freeze is tried again, and an answer that is due after COMMIT; 0: not."""
     probe: str = ""
     """What a probe on this host asks meanwhile: an address as probing.py knows it, ``auto``, or nothing."""
-
-
-def register_handlers() -> None:
-    """What an agent answers beside greetings."""
-    HANDLERS["offer"] = handle_offer
-    HANDLERS["preflight"] = answer_preflight
-    HANDLERS["ask"] = handle_ask
-    HANDLERS["direct"] = answer_direct
-    HANDLERS["segment"] = answer_segment
-    HANDLERS["measure"] = answer_measure
-    HANDLERS["check-health"] = handle_check_health
-    HANDLERS["give-back"] = handle_give_back
-    HANDLERS["done"] = handle_done
-
-
-def answer_preflight(asked: Asked, message: Mapping[str, Any]) -> None:
-    """What an earlier move left here may be all that is in the way of this one."""
-    must_be_writable(asked.host)
-    for line in recover(asked.host):
-        print(f"cmigrate: {line}", file=sys.stderr, flush=True)
-    handle_preflight(asked, message)
-
-
-def handle_ask(asked: Asked, message: Mapping[str, Any]) -> None:
-    """A source in doubt asks where its move stands here."""
-    question = messages.Ask.parse(message)
-    state = standing(asked.host, question.move_id, question.epoch)
-    asked.answer(messages.Answer(move_id=question.move_id, epoch=question.epoch, state=state).to_message())
 
 
 def check_consent(options: MoveOptions) -> None:
@@ -182,7 +153,7 @@ def move(
             report = _look_after_copy(host, container.id, report, options, held)
     except BaseException as error:
         name_peer(error, course.target)
-        if isinstance(error, RolledBack) and error.cause_code in LINK_CODES:
+        if isinstance(error, RolledBack) and error.cause_code in LINK_CODES and not course.unreachable:
             _undo_there(host, course)
         report = failed_report(course, error)
         if container.state.status in (Status.RUNNING, Status.PAUSED) and course.transport:
@@ -278,11 +249,30 @@ def _move_locked(
         if options.dry_run:
             return report_of(course, Outcome.REFUSED)
         settle_stay(host, container.id)
-        paced, pace = _paced(session, course, options)
+        line, pace = _line(host, session, course, options, held, connecting)
+        with line.channel:
+            return _attempts(host, containers, container, line, pace, course, options, held, criu, wire)
+
+
+def _attempts(
+    host: HostConfig,
+    containers: Containers,
+    container: Container,
+    line: Line,
+    pace: Pace,
+    course: Course,
+    options: MoveOptions,
+    held: Held,
+    criu: CriuBinary,
+    wire: WireSpec | None,
+) -> MoveReport:
+    """One, unless the target loses what it had before the container was frozen."""
+    course.began = True
+    while True:
         source = SourceMove(
             host,
             container,
-            paced,
+            line,
             mode=course.mode,
             move_id=course.move_id,
             criu=criu,
@@ -296,15 +286,18 @@ def _move_locked(
             max_blackout_ms=options.max_blackout_ms,
             window=window_for(options.undo_window_s, options.on_unhealthy),
         )
-        course.began = True
         try:
             source.run()
+            return moved_report(course, source)
         except BaseException as error:
             course.frozen_ms = source.clock.frozen_ms
             # What was measured until then belongs into the report of the failure.
             error.add_note(f"phases: {source.clock.phases(time.monotonic())}")
-            raise
-        return moved_report(course, source)
+            if "freeze" in source.clock or not line.begin_again(error):
+                course.unreachable = line.broken
+                raise
+        course.move_id = secrets.token_hex(6)
+        _check(containers, container, line.session, course, held, options.tcp)
 
 
 def _own_versions(criu: str) -> Versions:
@@ -341,18 +334,26 @@ def _plan(
     return Planned(mode=plan.mode, why=plan.reason, predictions=predictions) if predictions else None
 
 
-def _paced(session: Session, course: Course, options: MoveOptions) -> tuple[Session, Pace]:
-    """The session with a limit on what it sends, if there is to be one, and how bulk goes."""
+def _line(
+    host: HostConfig,
+    session: Session,
+    course: Course,
+    options: MoveOptions,
+    held: Held,
+    connecting: Callable[..., Session],
+) -> tuple[Line, Pace]:
+    """The session, with a limit on what it sends if there is to be one, and how bulk goes."""
+    line = Line(host, session, connecting, held, limit_s=options.reconnect_s)
     packer = Packer(options.compress)
     if options.bandwidth_Bps is None:
-        return session, Pace(packer=packer)
+        return line, Pace(packer=packer)
     bucket = TokenBucket(rate_Bps=options.bandwidth_Bps, burst_bytes=int(options.bandwidth_Bps * BURST_S))
     if course.link_Bps is None and course.mode == "precopy":
         # The limit ends at the freeze: how much may be left then depends on what the link takes without it.
         course.link_Bps = measure_rate_Bps(session.channel, int(options.bandwidth_Bps * MEASURED_S))
-    channel = PacedChannel(session.channel, bucket)
-    pace = Pace(packer=packer, take=bucket.take, lift=channel.lift, switchover_Bps=course.link_Bps)
-    return replace(session, channel=channel), pace
+    channel = PacedChannel(line.channel, bucket)
+    line.session = replace(line.session, channel=channel)
+    return line, Pace(packer=packer, take=bucket.take, lift=channel.lift, switchover_Bps=course.link_Bps)
 
 
 def _started(course: Course) -> MoveStarted:

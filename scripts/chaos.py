@@ -36,6 +36,8 @@ BLACKOUT_S = 0.15
 AFTER_RECORD_S = 0.03
 MODES = ("stopcopy", "diskless", "precopy", "postcopy", "hybrid")
 CONSENT = {"postcopy", "hybrid"}
+MENDED = ("sshd", "reset", "link", "agent")
+"""Before the freeze none of these ends a move."""
 STARTED = ("COMMIT_LOGGED", "RESUMED", "CONFIRMED")
 RUNNING, GONE = "running", ("", "moved", "exited", "stopped")
 
@@ -130,6 +132,8 @@ class Chaos:
             case.problems.append(f"refused: {json.dumps(report)[:1000]}")
         if (case.outcome == "migrated") != (case.exit_code == 0) and case.exit_code != -9:
             case.problems.append(f"outcome {case.outcome}, and exit code {case.exit_code}")
+        if case.fault in MENDED and case.outcome == "rolled_back" and report.get("blackout_ms") is None:
+            case.problems.append(f"the link was not mended before the freeze: {told}")
         if not case.hit and case.outcome != "migrated":
             case.problems.append(f"nothing was hit, and: {json.dumps(report)[:1000]} {said[-1000:]}")
 

@@ -35,7 +35,7 @@ VICTIMS: dict[str, tuple[str, Callable[[list[str]], bool]]] = {
     "sshd": ("target", lambda argv: argv[0].startswith("sshd: ") and "[listener]" not in argv[0]),
     "pager": ("target", lambda argv: any(word.endswith("/pager_main.py") for word in argv)),
 }
-FAULTS = ("mover", "agent", "both", "criu-source", "criu-target", "sshd", "pager", "interrupt", "link", "cut")
+FAULTS = ("mover", "agent", "both", "criu-source", "criu-target", "sshd", "pager", "interrupt", "reset", "link", "cut")
 
 # Phases that `move --json` tells of as they begin (those in the blackout are told afterwards), the freeze, and the
 # records of the two journals: the moment between that record and what follows it.
@@ -151,6 +151,8 @@ def fault(hosts: TwoHosts, going: Going, name: str) -> Iterator[list[str]]:
         # The pager's guard is its parent: what it is for is to outlive it.
         most = 1 if victim == "pager" else None
         hit += _kill(hosts, going.source if side == "source" else going.target, is_one, most)
+    if name == "reset":
+        hit += reset_connections(hosts, going.target)
     if name not in ("link", "cut"):
         yield hit
         return
@@ -166,6 +168,13 @@ def fault(hosts: TwoHosts, going: Going, name: str) -> Iterator[list[str]]:
     finally:
         set_link(hosts, going.target, up=True)
     yield hit
+
+
+def reset_connections(hosts: TwoHosts, host: str) -> list[str]:
+    """All that the host itself has, as a firewall on the way does that forgets them."""
+    argv = ["ss", "-H", "-t", "-n", "-K", "state", "established"]
+    done = hosts.lab.exec(host, argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=20)
+    return str(done.stdout).splitlines()
 
 
 def set_link(hosts: TwoHosts, host: str, *, up: bool) -> None:

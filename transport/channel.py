@@ -75,6 +75,11 @@ class StreamChannel:
     def readable(self, timeout_s: float) -> bool:
         return self._closed or self.stream.readable(timeout_s)
 
+    @property
+    def between_frames(self) -> bool:
+        """Nothing of a frame that is not whole has been read."""
+        return not self._decoder.position
+
     def abort(self) -> None:
         self._ended = True
         self.stream.abort()

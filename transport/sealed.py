@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -51,11 +52,16 @@ def new_key() -> bytes:
 class _Key:
     """One direction's cipher and the number of the next record."""
 
-    def __init__(self, secret: bytes, records_per_key: int) -> None:
+    def __init__(self, secret: bytes, records_per_key: int, number: int = 0) -> None:
         self._secret = secret
         self._records_per_key = records_per_key
-        self._number = 0
+        self._number = number
         self.cipher = AESGCM(secret)
+
+    @property
+    def standing(self) -> tuple[bytes, int]:
+        """What another process needs to go on: the secret in use and the number of the next record."""
+        return self._secret, self._number
 
     @property
     def nonce(self) -> bytes:
@@ -82,6 +88,22 @@ class SealedStream(SocketStream):
         self._arrived = 0
         self._opened = memoryview(bytearray(RECORD_BYTES))
         self._unread = self._opened[:0]
+
+    def standing(self) -> dict[str, object] | None:
+        """Of both directions, for ``going_on`` in another process that gets the socket as well; None while something
+        that has arrived was not read. This stream must not be used afterwards: no nonce may come twice."""
+        if self._arrived or self._unread:
+            return None
+        (send_secret, sent), (receive_secret, received) = self._send_key.standing, self._receive_key.standing
+        return {"send": send_secret, "sent": sent, "receive": receive_secret, "received": received}
+
+    @classmethod
+    def going_on(cls, sock: socket.socket, standing: Mapping[str, Any]) -> Self:
+        """The stream that ``standing`` was taken of."""
+        stream = cls(sock, send_key=standing["send"], receive_key=standing["receive"])
+        stream._send_key = _Key(standing["send"], RECORDS_PER_KEY, standing["sent"])
+        stream._receive_key = _Key(standing["receive"], RECORDS_PER_KEY, standing["received"])
+        return stream
 
     def read_into(self, buffer: memoryview, deadline: Deadline) -> int:
         if not self._unread:

@@ -107,6 +107,10 @@ class FdStream:
         os.set_blocking(read_fd, False)
         os.set_blocking(write_fd, False)
 
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        return self._read_fd, self._write_fd
+
     def read_into(self, buffer: memoryview, deadline: Deadline) -> int:
         while True:
             self._waker.check()

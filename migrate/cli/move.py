@@ -264,6 +264,15 @@ def _budget(
     show_default=True,
     help="Seconds to connect.",
 )
+@click.option(
+    "--reconnect-for",
+    "reconnect_s",
+    type=click.FloatRange(min=0, max=3600),
+    default=30.0,
+    show_default=True,
+    metavar="S",
+    help="A link that breaks is tried again for so long, and the move goes on where it was; 0: not at all.",
+)
 @json_option
 def move_command(
     container: str,
@@ -274,11 +283,9 @@ def move_command(
     compress: str,
     transport: str,
     direct: str,
-    probe: str,
     allow_postcopy: bool,
     tcp: str,
     dry_run: bool,
-    timeout_s: float,
     as_json: bool,
     **grouped: Any,
 ) -> int:
@@ -293,7 +300,8 @@ def move_command(
     from migrate.wiring import MoveOptions, move
 
     afterwards = _afterwards(grouped)
-    more = {name: grouped.pop(name) for name in ("network", "grace_s", "verify")}
+    plain = ("network", "grace_s", "verify", "reconnect_s", "timeout_s", "probe")
+    more = {name: grouped.pop(name) for name in plain}
     observer = Noting(JsonLines(sys.stdout) if as_json else Terminal(sys.stderr))
     options = MoveOptions(
         mode=mode,  # type: ignore[arg-type]  # click.Choice has checked these
@@ -308,8 +316,6 @@ def move_command(
         compress=compress,  # type: ignore[arg-type]
         max_blackout_ms=max_blackout_ms,
         **afterwards,
-        timeout_s=timeout_s,
-        probe=probe,
     )
     try:
         with terminated_like_interrupted():

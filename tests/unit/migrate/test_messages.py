@@ -38,6 +38,10 @@ EXAMPLES: list[Message] = [
     messages.Complete(move_id="abc", fill_ms=12.5, filled_bytes=4096, faults=3, remote_faults=2, longest_wait_ms=1.5),
     messages.Want(id=7, address=0x7F0000001000),
     messages.Whole(move_id="abc"),
+    messages.Resume(move_id="abc", epoch=1),
+    messages.Resumed(move_id="abc", taken=7),
+    messages.Reach(move_id="abc"),
+    messages.Reached(move_id="abc"),
     messages.Holding(move_id="abc"),
     messages.FrozenState(
         mounts=(ExternalMount(key="mask/proc/kcore", point="/proc/kcore"),),

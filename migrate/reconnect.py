@@ -1,0 +1,136 @@
+"""The source's link of one move: when it breaks before the freeze it is brought back, and the move goes on.
+
+Everything that talks to the target holds one channel, under which the connection is replaced. From the freeze on a
+broken link is what it always was: a rollback before COMMIT, a question after it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from migrate import messages
+from migrate.errors import CanNotResume, MigrateError, MoveRefused, PeerFailed, RolledBack, describe
+from migrate.links import Session
+from migrate.observe import LinkBack, LinkLost, Observer
+from runtime.host import HostConfig
+from transport.api import AuthenticationFailed, ChannelClosed, Deadline, Frame, ProtocolError, TransportError
+from transport.renewable import RenewableChannel
+
+# Of one attempt: to connect and greet, and for the answer to a question.
+ATTEMPT_S = 10.0
+ANSWER_S = 10.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S, PAUSE_FACTOR = 0.1, 2.0, 1.7
+# As often a move begins again whose target has lost what it had: whatever kills it there would go on doing so.
+MOST_BEGINNINGS = 3
+
+
+class Line:
+    """One move's session, for as many connections as it takes. ``limit_s`` is for each break; 0: none is mended."""
+
+    def __init__(
+        self,
+        host: HostConfig,
+        session: Session,
+        connecting: Callable[..., Session],
+        observer: Observer,
+        *,
+        limit_s: float,
+    ) -> None:
+        self.channel = RenewableChannel(session.channel)
+        self.session = replace(session, channel=self.channel)
+        self.limit_s = limit_s
+        self._host = host
+        self._connecting = connecting
+        self._observer = observer
+        self.resumed = 0
+        """How often the move went on where it was."""
+        self.beginnings = 1
+        self.broken = False
+        """It is, and does not come back."""
+
+    def mending(self, resumes: bool, move_id: str, epoch: int) -> Callable[[TransportError], int] | None:
+        """``resume`` of this move, for a target that ``resumes``."""
+        return functools.partial(self.resume, move_id, epoch) if resumes else None
+
+    def resume(self, move_id: str, epoch: int, error: TransportError) -> int:
+        """Bring the link back after ``error``, and the target's half of this move: how many bulk messages it has.
+
+        Raises ChannelClosed when the link does not come back in time, CanNotResume when the target has nothing any
+        more, AuthenticationFailed, or what is wrong with what it answers.
+        """
+        if isinstance(error, ProtocolError) or self.channel.ended:
+            raise error
+        deadline, begin = Deadline.after(self.limit_s), time.monotonic()
+        cause = error
+        while True:
+            self._connect(error, deadline, begin)
+            question = messages.Resume(move_id=move_id, epoch=epoch)
+            try:
+                until = Deadline.after(ANSWER_S)
+                self.channel.send(Frame.control(question.to_message()), deadline=until)
+                answer = messages.Resumed.parse(self.channel.receive(deadline=until).message())
+            except TransportError as again:
+                cause = again
+                if deadline.expired():
+                    raise self._given_up(cause) from error
+                continue
+            except (MoveRefused, PeerFailed) as refusal:
+                raise CanNotResume(describe(refusal).what, hint=refusal.hint) from refusal
+            self.resumed += 1
+            self._observer.on_event(LinkBack(after_s=time.monotonic() - begin, resumed=True))
+            return answer.taken
+
+    def begin_again(self, error: BaseException) -> bool:
+        """Whether a move that ``error`` rolled back before its freeze is to be begun again, on a link that is whole."""
+        cause = error.__cause__ if isinstance(error, RolledBack) else None
+        if self.broken or not self.limit_s or self.beginnings > MOST_BEGINNINGS:
+            return False
+        # A target that is silent is there: it would be so again.
+        if isinstance(cause, ChannelClosed):
+            begin = time.monotonic()
+            try:
+                self._connect(cause, Deadline.after(self.limit_s), begin)
+            except (TransportError, MigrateError):
+                return False
+        elif not isinstance(cause, CanNotResume):
+            return False
+        self.beginnings += 1
+        self._observer.on_event(LinkBack(after_s=0.0, resumed=False, why=describe(cause).what))
+        return True
+
+    def _connect(self, error: TransportError, deadline: Deadline, begin: float) -> None:
+        self.channel.cut()
+        pause_s, cause = FIRST_PAUSE_S, error
+        while True:
+            waited_s = time.monotonic() - begin
+            self._observer.on_event(LinkLost(why=describe(cause).what, waited_s=waited_s, limit_s=self.limit_s))
+            try:
+                session = self._connecting(
+                    self._host,
+                    self.session.entry.name,
+                    transport=self.session.transport,
+                    direct=self.session.direct,
+                    deadline=deadline.within(ATTEMPT_S),
+                )
+            except AuthenticationFailed:
+                raise
+            except TransportError as again:
+                cause = again
+            else:
+                self.channel.renew(session.channel)
+                return
+            remaining_s = deadline.remaining() or 0.0
+            if remaining_s <= pause_s:
+                raise self._given_up(cause) from error
+            time.sleep(pause_s)
+            pause_s = min(LONGEST_PAUSE_S, pause_s * PAUSE_FACTOR)
+
+    def _given_up(self, cause: TransportError) -> ChannelClosed:
+        self.broken = True
+        return ChannelClosed(
+            f"the link was lost and did not come back within {self.limit_s:g} s: {cause.what}",
+            hint="see that the host can be reached, and move it again; --reconnect-for SECONDS waits longer",
+        )
