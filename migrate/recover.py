@@ -22,6 +22,7 @@ from runtime.criu.dump import wake_after_dead_dump
 from runtime.errors import Busy, NotFound, RuntimeFault
 from runtime.host import HostConfig
 from runtime.linux.rcu import turn_off_what_is_left
+from runtime.wayback import sweep_ways
 from runtime.wire import sweep
 from transport.api import TransportError
 
@@ -38,6 +39,7 @@ def recover(host: HostConfig) -> list[str]:
     turn_off_what_is_left(host.run_dir)
     with contextlib.suppress(RuntimeFault):  # next time
         sweep()
+        sweep_ways()
     journals = list(read_all(host.journal_dir))
     arriving = {move_id for move_id, _spec in Containers(host).store.incoming()}
     for journal in journals:

@@ -168,6 +168,18 @@ def let_expire(container_id: str) -> None:
                 nft.run_nft(f"add element ip {TABLE} way {{ {element} }}\n")
 
 
+def sweep_ways() -> None:
+    """Remove the routes back that no container needs any more. Raises KernelCallFailed, ProgramFailed."""
+    try:
+        with IPRoute() as netlink:
+            if marks := _ruled(netlink):
+                used = {mark for _address, mark, _comment in _elements()} if TABLE in nft.tables() else set()
+                if marks - used:
+                    _remove_unused(netlink, used)
+    except OSError as error:
+        raise KernelCallFailed("netlink", "routes back", error.errno or 0) from error
+
+
 def _drop_element(address: str) -> None:
     for name in ("way", "here"):
         with contextlib.suppress(ProgramFailed):  # it is not there

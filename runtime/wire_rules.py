@@ -87,6 +87,9 @@ def _hooks(container_id: str, way_out: str, way_out6: int) -> list[str]:
     # Wires from where it came have one more character: which of them.
     toward, came = f'"{toward_name(container_id)}"', f'"cv{container_id}*"'
     places = f'{{ "cm{container_id}", "ch{container_id}", {toward} }}'
+    # The mark of wayback.py has led it here, or was set, with br_netfilter, on what passes the bridge. The kernel would
+    # route the packets of the wire by the mark of what is in them.
+    unmarked = f" oifname {came} meta mark set 0"
     return [
         "chain forward {",
         " type filter hook forward priority 0;",
@@ -95,6 +98,7 @@ def _hooks(container_id: str, way_out: str, way_out6: int) -> list[str]:
         f" oifname {came} iifname != {places} drop",
         *([f" {line}" for line in _own_way_out(came, way_out, way_out6)] if way_out else []),
         f" oifname {came} jump from_it",
+        unmarked,
         f" oifname {toward} jump to_it",
         f" iifname {toward} jump from_it",
         "}",
@@ -107,8 +111,7 @@ def _hooks(container_id: str, way_out: str, way_out6: int) -> list[str]:
         "}",
         "chain output {",
         " type filter hook output priority 0;",
-        # The mark has led it here (wayback.py); the kernel would route what carries it by the mark as well.
-        f" oifname {came} meta mark set 0",
+        unmarked,
         f" oifname {came} jump from_it",
         f" oifname {toward} jump to_it",
         "}",

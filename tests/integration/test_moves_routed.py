@@ -36,13 +36,16 @@ def routed() -> Iterator[TwoHosts]:
 
 
 class Published(Connector):
-    """Takes its orders by the port that host1 publishes for it."""
+    """Takes its orders by a port that host1 publishes for it."""
+
+    def __init__(self, port: int = 18000) -> None:
+        self._port = port
 
     def open(self, place: Any) -> None:
         deadline = time.monotonic() + 60
         while True:
             try:
-                self._orders = connected(place.hosts, "client", TCP, address_of(place.hosts, "host1"), 18000)
+                self._orders = connected(place.hosts, "client", TCP, address_of(place.hosts, "host1"), self._port)
                 return
             except OSError:
                 assert time.monotonic() < deadline
@@ -85,12 +88,15 @@ def links(hosts: TwoHosts) -> dict[str, list[bool]]:
 
 
 def test_every_connection_goes_on_through_the_host_it_was_made_on_there_and_back(routed: TwoHosts) -> None:
-    connector = Published()
+    connector, neighbour = Published(), Published(19000)
     with ExitStack() as stack:
         stack.enter_context(nothing_left_on(routed, *HOSTS))
         container = routed.run(connector, *PUBLISHED)
         stack.callback(container.remove)
         stack.callback(connector.close)
+        beside = routed.run(neighbour, "-p", "19000:8000", name="beside")
+        stack.callback(beside.remove)
+        stack.callback(neighbour.close)
         far = stack.enter_context(EchoServer(routed.lab.host("client").holder.pid, routed.client.address))
         kept: dict[str, socket.socket] = {}
 
@@ -98,6 +104,8 @@ def test_every_connection_goes_on_through_the_host_it_was_made_on_there_and_back
             """Out of the container, in by the ports of both hosts, straight to its address, and from both hosts."""
             assert connector.order("open", f"out{number}", routed.client.address, far.port) == "ok"
             assert connector.order("ask", f"out{number}", "new") == "new"
+            assert connector.order("open", f"beside{number}", beside.address, 8001) == "ok"
+            assert neighbour.order("open", f"in{number}", container.address, 8001) == "ok"
             ways = {"straight": ("client", TCP, container.address, 8001)}
             for host in HOSTS if number else (container.host,):
                 ways[f"by {host}"] = ("client", TCP, address_of(routed, host), 18001)
@@ -110,6 +118,9 @@ def test_every_connection_goes_on_through_the_host_it_was_made_on_there_and_back
             ask_all()
 
         def ask_all() -> None:
+            for number in range(1 + ("straight 1" in kept)):
+                assert neighbour.order("ask", f"in{number}", "word") == "word"
+                assert connector.order("ask", f"beside{number}", "word") == "word"
             for name, connection in kept.items():
                 connection.sendall(name.encode())
                 assert connection.recv(100) == name.encode()

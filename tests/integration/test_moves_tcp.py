@@ -94,6 +94,26 @@ def test_connections_under_the_hosts_address_go_on_through_it_wherever_the_conta
         assert far.resets == 0
 
 
+def test_keep_closes_nothing_and_mptcp_is_off_wherever_the_container_is(gateways: TwoHosts) -> None:
+    connector = Connector()
+    client, host1 = (gateways.lab.host(name).holder.pid for name in ("client", "host1"))
+    with ExitStack() as stack:
+        stack.enter_context(nothing_left_on(gateways, *HOSTS))
+        container = gateways.run(connector)
+        stack.callback(container.remove)
+        stack.callback(connector.close)
+        near = stack.enter_context(EchoServer(client, gateways.client.address))
+        own = stack.enter_context(EchoServer(host1, GATEWAY))
+        for name, address, port in (("near", gateways.client.address, near.port), ("own", GATEWAY, own.port)):
+            assert connector.order("open", name, address, port) == "ok"
+        assert container.exec("cat", "/proc/sys/net/mptcp/enabled").strip() == "0"
+        report = container.move("diskless", "stream", "--tcp", "keep")
+        assert report["closed_connections"] == []
+        assert (near.resets, own.resets) == (0, 0)
+        assert connector.order("ask", "near", "after") == "after"
+        assert container.exec("cat", "/proc/sys/net/mptcp/enabled").strip() == "0"
+
+
 def test_close_ends_all_connections_but_those_inside_the_container(two_hosts: TwoHosts) -> None:
     connector = Connector()
     client = two_hosts.lab.host("client").holder.pid

@@ -8,7 +8,7 @@ import pytest
 from runtime.api import NetworkSpec
 from runtime.errors import BadInput, NameTaken, NotFound, WrongState
 from runtime.host import HostConfig
-from runtime.names import BEGIN, END, with_names
+from runtime.names import BEGIN, END, names_in, with_names
 from runtime.networks import BRIDGE_PATTERN, Networks, host_for, network_mismatch
 from tests.unit.migrate.preflight_values import SPEC
 
@@ -91,6 +91,17 @@ def test_names_come_between_marks_and_what_others_wrote_stays() -> None:
     assert with_names(two, {"b": "10.90.1.6"}) == two
     assert with_names(two, {}, ["a", "b"]) == "127.0.0.1 localhost\n::1 six\n"
     assert "10.90.1.5 a" not in with_names(one, {"c": "10.90.1.5"})  # the address is another's now
+
+
+def test_what_a_neighbour_knows_is_heard_but_does_not_outweigh_what_is_known() -> None:
+    file = with_names("", {"a": "10.90.1.5"})
+    assert names_in(file) == {"a": "10.90.1.5"}
+    heard = {"a": "10.90.1.9", "b": "10.90.1.6", "c": "10.90.1.7", "d": "10.90.1.8"}
+    assert names_in(with_names(file, {"b": "10.90.1.10", "e": "10.90.1.8"}, ["c"], heard)) == {
+        "a": "10.90.1.5",
+        "b": "10.90.1.10",
+        "e": "10.90.1.8",
+    }
 
 
 def test_a_file_of_which_our_part_was_cut_keeps_what_is_left() -> None:
