@@ -162,10 +162,9 @@ class TargetMove:
 
     def _journal_reserved(self) -> None:
         own, source = os.getpid(), self._asked.peer_hello.host
-        who: dict[str, Any] = {"pid": own, "pid_start": process_start_ticks(own), "boot": boot_id(), "source": source}
-        if self._offer.wire is not None:
-            who["wire"] = self._offer.wire.number
-        record = self._journal.append("RESERVED", {"container": self._spec.id, "mode": self._offer.mode, **who})
+        who = {"pid": own, "pid_start": process_start_ticks(own), "boot": boot_id(), "source": source}
+        wire = {"wire": self._offer.wire.number} if self._offer.wire is not None else {}
+        record = self._journal.append("RESERVED", {"container": self._spec.id, "mode": self._offer.mode, **who, **wire})
         self._begun_at = record.at
 
     def _reserve(self) -> None:
