@@ -34,6 +34,7 @@ from rich.table import Table
 from migrate.lab.lab import Lab
 from migrate.plan import NEED_CONSENT
 from runtime.errors import RuntimeFault
+from scripts.bench_figures import measure as measure_figures
 
 TOP = Path(__file__).resolve().parents[1]
 WORKLOAD = TOP / "tests" / "workloads"
@@ -269,6 +270,7 @@ def main() -> int:
     parser.add_argument("--modes", type=words, default=["stopcopy", "diskless", "precopy"], metavar="MODE,MODE")
     parser.add_argument("--transports", type=words, default=["stream", "ssh"], metavar="NAME,NAME")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--figures", action="store_true", help="what a pre-copy costs beside its blackout, instead")
     options = parser.parse_args()
     if options.quick:
         options.memory_mib, options.transports, options.repeat = ["64"], ["stream"], 3
@@ -277,6 +279,10 @@ def main() -> int:
     results = []
     try:
         with lab_hosts() as lab:
+            if options.figures:
+                for line in measure_figures(lab, memory_mib=int(options.memory_mib[-1]), repeat=options.repeat):
+                    print(json.dumps(line), flush=True)
+                return 0
             for memory_mib in map(int, options.memory_mib):
                 lines = summarise(memory_mib, measure(Bench(lab, memory_mib), ways, options.repeat))
                 for line in lines:
