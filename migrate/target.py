@@ -60,10 +60,8 @@ class TargetMove:
     def __init__(self, asked: Asked, offer: messages.Offer) -> None:
         host = self._host = asked.host
         self._channel: Channel | RemoteFeed = asked.channel
-        self._asked = asked
+        self._asked, self._offer, self._spec = asked, offer, offer.spec
         self._feed: RemoteFeed | None = None
-        self._offer = offer
-        self._spec = offer.spec
         self._containers = Containers(host)
         self._criu = find_criu()
         self._phase = self._came_from = Phase.IDLE
