@@ -184,13 +184,15 @@ class ContainerWire:
         forget_address(host_address(self._network))
 
     def left(self) -> bool:
-        """On the source, when the container runs on the target. Whether anything has come over the wire."""
+        """On the source, when the container runs on the target. Whether anything has come over the wire. Raises
+        KernelCallFailed."""
         received = 0
-        for end in list(wires(self._netlink)):
-            if end.container_id == self._id and not end.toward and end.peer == self._spec.target:
-                _delete(self._netlink, end.link)  # the target's end of it is gone
-            if end.link == self._link:
-                received = end.received_packets
+        with _naming(self._link):
+            for end in list(wires(self._netlink)):
+                if end.container_id == self._id and not end.toward and end.peer == self._spec.target:
+                    _delete(self._netlink, end.link)  # the target's end of it is gone
+                if end.link == self._link:
+                    received = end.received_packets
         return received > 0
 
     def undo(self) -> None:

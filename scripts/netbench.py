@@ -3,6 +3,7 @@
 redis: redis-benchmark with 50 connections, and a probe that counts with INCR on one connection, each millisecond
 http:  nginx, four kept connections that ask every 5 ms, and a probe that asks each millisecond on one more
 udp:   an echo, and a probe that sends a datagram each millisecond
+flow:  one connection that carries all it can, as iperf3's, and a probe on an echo beside it
 
 {"type": "move", "load", "number", "mode", "blackout_ms", "gap_ms", "over_ms", "failed", "resets"}   for each move
 {"type": "load", "load", "moves", "over_ms": {"median", "p99", "worst"}, "failed", "resets", "broken"}   at the end
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from runtime.errors import RuntimeFault
@@ -37,6 +38,25 @@ ECHO = (
     "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('0.0.0.0', 8001))\n"
     "while True: data, peer = s.recvfrom(2000); s.sendto(data, peer)"
 )
+FLOW = """
+import socket, threading
+def serve(connection, echo):
+    with connection:
+        while data := connection.recv(1 << 18):
+            if echo: connection.sendall(data)
+def listen(port, echo):
+    server = socket.create_server(("0.0.0.0", port), backlog=64)
+    while True:
+        threading.Thread(target=serve, args=(server.accept()[0], echo)).start()
+threading.Thread(target=listen, args=(8002, False)).start()
+listen(8001, True)
+"""
+SEND = """
+import socket, sys
+connection = socket.create_connection((sys.argv[1], 8002))
+while True:
+    connection.sendall(bytes(1 << 18))
+"""
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -60,15 +80,33 @@ class Echo:
         pass
 
 
+class Flow:
+    """Takes in what comes on one port, and gives it back on another."""
+
+    name = "flow"
+    options: tuple[str, ...] = ()
+
+    def command(self, client: object) -> tuple[str, ...]:
+        return ("/usr/bin/python3", "-c", FLOW)
+
+    def open(self, place: Any) -> None:
+        until_ready(lambda: [place.connect(port).close() for port in (8001, 8002)])
+
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _bound(table: str) -> None:
     if ":1F41" not in table:
         raise ConnectionRefusedError
 
 
 @contextmanager
-def benchmark(hosts: TwoHosts, container: Running) -> Iterator[Callable[[], int]]:
-    """redis-benchmark without end; answers whether it has ended nevertheless."""
-    argv = ["redis-benchmark", "-h", container.address, "-c", str(CONNECTIONS), "-n", "1000000000", "-t", "get", "-q"]
+def endless(hosts: TwoHosts, argv: list[str]) -> Iterator[Callable[[], int]]:
+    """A client without end; answers whether it has ended nevertheless."""
     process = hosts.lab.popen(
         "client", argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -77,6 +115,15 @@ def benchmark(hosts: TwoHosts, container: Running) -> Iterator[Callable[[], int]
     finally:
         process.kill()
         process.wait(10)
+
+
+def benchmark(hosts: TwoHosts, container: Running) -> AbstractContextManager[Callable[[], int]]:
+    argv = ["redis-benchmark", "-h", container.address, "-c", str(CONNECTIONS), "-n", "1000000000", "-t", "get", "-q"]
+    return endless(hosts, argv)
+
+
+def flow(hosts: TwoHosts, container: Running) -> AbstractContextManager[Callable[[], int]]:
+    return endless(hosts, ["/usr/bin/python3", "-c", SEND, container.address])
 
 
 @contextmanager
@@ -99,6 +146,7 @@ LOADS: dict[str, tuple[Callable[[], Service], Any, tuple[str, ...]]] = {
     "redis": (Redis, benchmark, ("redis", "6379")),
     "http": (Nginx, kept_connections, ("http", "8080", "--path", "/ping")),
     "udp": (Echo, no_more, ("udp", "8001")),
+    "flow": (Flow, flow, ("echo", "8001")),
 }
 
 

@@ -61,6 +61,18 @@ class Probe:
             text=True,
             cwd=TOP,
         )
+        self._wait_until_it_listens()
+
+    def _wait_until_it_listens(self) -> None:
+        """To the signal that ``mark`` sends: it would end a program that has not got so far yet."""
+        deadline = time.monotonic() + COMMAND_TIMEOUT_S
+        while self._process.poll() is None:
+            status = Path(f"/proc/{self._process.pid}/status").read_text()
+            caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+            if caught >> (signal.SIGUSR1 - 1) & 1:
+                return
+            assert time.monotonic() < deadline, "the probe does not begin"
+            time.sleep(0.01)
 
     def mark(self) -> dict[str, Any]:
         """What it saw since the last mark."""
