@@ -187,6 +187,13 @@ class Incoming:
         size = sum(pages for _offset, pages in runs) * PAGE_BYTES
         self._shared.receive(number, runs, zeros, unpacking(message, size, self._receive_whole))
 
+    def finish_shared(self, state: messages.FrozenState, tasks: Callable[[], Mapping[int, int]]) -> None:
+        """The rest of shared memory comes and is put where it is mapped; ``tasks``: pids here by those inside."""
+        if self._shared is not None:
+            if state.shared_follows:
+                self.until_shared_complete()
+            self._shared.finish(state.shared, tasks())
+
     def until_shared_complete(self) -> None:
         """What changed of shared memory last, which follows the frozen state."""
         message = self.until_control()

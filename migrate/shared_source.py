@@ -76,8 +76,10 @@ class SharedSource:
             return
         mapped = self._open_what_is_mapped(spaces)
         for number in set(self._known) - set(mapped):
-            self._forget(number, self._known[number], EMPTY)
-            self._known.pop(number).segment.close()
+            # First out of what is known: should the link break now, nothing of it is sent again.
+            gone = self._known.pop(number)
+            self._forget(number, gone, EMPTY)
+            gone.segment.close()
         for known in self._known.values():
             known.existing = known.segment.existing()
             known.pending = known.segment.differing(known.existing)

@@ -220,10 +220,7 @@ class TargetMove:
         self._bring_what_is_missing()
         files = self._shared.give_to_criu(self._work.path, self._state.shared) if self._shared is not None else {}
         self._restore.restore(self._state.mounts, self._state.pipes, auto_dedup=not lazy, lazy=lazy, memory_files=files)
-        if self._state.shared_follows:
-            self._incoming.until_shared_complete()
-        if self._shared is not None:
-            self._shared.finish(self._state.shared, self._restore.tasks())
+        self._incoming.finish_shared(self._state, self._restore.tasks)
         if self._expected is not None:
             found = self._expected.compare(self._restore.tasks(), self._stores)
             move_id = self._offer.move_id

@@ -3,6 +3,7 @@
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ class Host:
 
     files: dict[int, int] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
+    permissions: str = "rw-s"
 
     def make(self, number: int, name: str = "/dev/zero (deleted)", pages: int = PAGES) -> int:
         self.files[number] = os.memfd_create("segment", os.MFD_CLOEXEC)
@@ -50,7 +52,9 @@ class Host:
 
     def mapping(self, number: int) -> Mapping:
         start = (number + 1) << 24
-        return Mapping(start, start + PAGE_BYTES, "rw-s", 0, "00:01", number, self.names[number], Kind.SHARED_MEMORY)
+        return Mapping(
+            start, start + PAGE_BYTES, self.permissions, 0, "00:01", number, self.names[number], Kind.SHARED_MEMORY
+        )
 
     def open(self, _tid: int, mapping: Mapping) -> OpenSegment | None:
         name = mapping.name
@@ -86,8 +90,9 @@ class Move:
     wait: Callable[[], None]
     marks: list[str] = field(default_factory=list)
 
-    def end(self) -> FrozenState:
+    def end(self, during_dump: Callable[[], object] = lambda: None) -> FrozenState:
         self.source.finish(self.host.spaces())
+        during_dump()
         send_frozen_state(
             self.out,
             Dump(),  # type: ignore[arg-type]
@@ -202,6 +207,24 @@ def test_only_what_changed_is_sent_again(move: Move) -> None:
     os.pwrite(file, b"late", 9 * PAGE_BYTES)
     move.end()
     assert move.source.sent_after_bytes == 3 * PAGE_BYTES
+    assert move.content(0, PAGES * PAGE_BYTES) == os.pread(file, PAGES * PAGE_BYTES, 0)
+
+
+@pytest.mark.parametrize("in_rounds", [True], indirect=True)
+def test_code_is_compared_when_criu_is_done_with_it(move: Move) -> None:
+    move.host.permissions = "rwxs"
+    file = move.host.make(1)
+    os.pwrite(file, b"code" * PAGE_BYTES, 0)
+    move.source.scan(move.host.spaces())
+    move.source.send()
+    os.pwrite(file, b"a system call of CRIU's", 0)
+
+    def put_back() -> None:
+        time.sleep(0.2)
+        os.pwrite(file, b"code" * 8, 0)
+
+    move.end(put_back)
+    assert move.source.sent_after_bytes == 0
     assert move.content(0, PAGES * PAGE_BYTES) == os.pread(file, PAGES * PAGE_BYTES, 0)
 
 
