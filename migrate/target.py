@@ -45,6 +45,8 @@ DONE_TIMEOUT_S = 60.0
 DRAIN_TIMEOUT_S = 60.0
 # Memory fills at a gigabyte a second and more, whatever else the host does.
 FILL_TIMEOUT_S = 3600.0
+# Nothing is undone and nobody refuses from here on.
+_MAY_HAVE_RUN = (Phase.COMMIT_LOGGED, Phase.RESUMED, Phase.CONFIRMED)
 
 M = TypeVar("M", bound=messages.Message)
 
@@ -120,7 +122,7 @@ class TargetMove:
             self._wait_for_commit()
         except BaseException as error:
             self._error = error
-            if self._phase not in (Phase.IDLE, Phase.COMMIT_LOGGED, Phase.RESUMED):
+            if self._phase not in (Phase.IDLE, *_MAY_HAVE_RUN):
                 self._on(target_event_of(error))
             elif self._phase is not Phase.IDLE:
                 self._on_release_failed(error)

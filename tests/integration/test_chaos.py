@@ -12,6 +12,7 @@ FAULTS = (
     ("diskless", "stream", "agent", "COMMIT_LOGGED"),
     ("stopcopy", "ssh", "both", "RESERVED"),
     ("precopy", "stream", "mover", "COMMITTED"),
+    ("precopy", "ssh", "pager", "RESUMED"),
     ("postcopy", "ssh", "sshd", "RESTORED_HELD"),
     ("postcopy", "stream", "agent", "RESUMED"),
 )
