@@ -66,6 +66,10 @@ class Event(StrEnum):
     CANCELLED = "cancelled"
     FAULT = "fault"
     """CRIU, the kernel or the disk failed here."""
+    LINK_BROKE = "link-broke"
+    """Before the freeze, and it is to be brought back: reconnect.py. LINK_LOST when it does not come back."""
+    TARGET_RESUMED = "resumed"
+    """The target has everything that it had: copying goes on."""
     LINK_LOST = "link-lost"
     TIMEOUT = "timeout"
     RESTARTED = "restarted"
@@ -106,6 +110,7 @@ class Action(StrEnum):
     """With the next epoch, so that nothing of this one counts any more."""
     SEND_DISCARD = "send-discard"
     ASK = "ask"
+    SEND_RESUME = "send-resume"
 
 
 class IllegalTransition(Exception):
@@ -139,6 +144,8 @@ TRANSITIONS: Transitions = {
     # Nothing was journaled, so nothing was begun.
     (Phase.INIT, Event.RESTARTED): (Phase.ROLLED_BACK, ()),
     (Phase.PREPARED, Event.TARGET_PREPARED): (Phase.PRECOPY, (Action.COPY,)),
+    # Nothing is decided by a link that comes back, nor by one that does not.
+    (Phase.PRECOPY, Event.LINK_BROKE): (Phase.PRECOPY, (Action.SEND_RESUME,)),
     (Phase.PRECOPY, Event.COPIED): (Phase.FROZEN, (Action.FREEZE_AND_DUMP,)),
     (Phase.FROZEN, Event.DUMPED): (Phase.SENDING, (Action.SEND_STATE,)),
     (Phase.SENDING, Event.TARGET_READY): (Phase.COMMITTED, (Action.JOURNAL_COMMITTED, Action.SEND_COMMIT)),
@@ -182,7 +189,8 @@ TRANSITIONS: Transitions = {
     **_stay((Phase.DONE, Phase.TAKEN_BACK), (Event.TARGET_PREPARED, Event.TARGET_READY)),
     **_stay((Phase.DONE,), (Event.TARGET_HELD, Event.TARGET_SETTLED)),
     **_stay((Phase.TAKEN_BACK,), (Event.TARGET_RUNNING, Event.TARGET_RETURNED)),
-    **_stay((Phase.PRECOPY, Phase.FROZEN, Phase.SENDING), (Event.TARGET_PREPARED,)),
+    **_stay((Phase.PRECOPY, Phase.FROZEN, Phase.SENDING), (Event.TARGET_PREPARED, Event.TARGET_RESUMED)),
+    **_stay((Phase.COMMITTED, Phase.IN_DOUBT, *_KEPT, *_THE_END), (Event.TARGET_RESUMED,)),
     **_stay((Phase.COMMITTED, Phase.IN_DOUBT), (Event.TARGET_PREPARED, Event.TARGET_READY)),
 }
 

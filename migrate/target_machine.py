@@ -63,6 +63,10 @@ class Event(StrEnum):
     """It is about to leave for another host."""
     FAULT = "fault"
     """CRIU, the kernel or the disk failed here, or the peer violated the protocol."""
+    LINK_BROKE = "link-broke"
+    """Before the freeze: the source may come back for a while (waiting.py). LINK_LOST when it has not."""
+    RESUME = "resume"
+    """On a new connection: the source wants to go on where it was."""
     LINK_LOST = "link-lost"
     TIMEOUT = "timeout"
     RESTARTED = "restarted"
@@ -92,6 +96,7 @@ class Action(StrEnum):
     JOURNAL_REFUSED = "journal-refused"
     SEND_REFUSED = "send-refused"
     SEND_HELD = "send-held"
+    SEND_RESUMED = "send-resumed"
     JOURNAL_SETTLED = "journal-settled"
     SEND_SETTLED = "send-settled"
     JOURNAL_RETURNING = "journal-returning"
@@ -103,6 +108,7 @@ class Action(StrEnum):
 
 Transitions = Mapping[tuple[Phase, Event], tuple[Phase, tuple[Action, ...]]]
 
+_WAITS = (Phase.RESERVED, Phase.RECEIVING)
 _BEFORE_HELD = (Phase.RESERVED, Phase.RECEIVING, Phase.VERIFIED)
 _BEFORE_COMMIT = (*_BEFORE_HELD, Phase.RESTORED_HELD)
 _TROUBLE = (Event.DISCARD, Event.FAULT, Event.LINK_LOST, Event.TIMEOUT, Event.RESTARTED)
@@ -126,6 +132,9 @@ TRANSITIONS: Transitions = {
     # must be the same for ever, so it goes to the disk first.
     (Phase.IDLE, Event.DISCARD): (Phase.REFUSED, (Action.JOURNAL_REFUSED,)),
     (Phase.IDLE, Event.ASK): (Phase.REFUSED, (Action.JOURNAL_REFUSED, Action.SEND_REFUSED)),
+    (Phase.IDLE, Event.RESUME): (Phase.REFUSED, (Action.JOURNAL_REFUSED, Action.SEND_REFUSED)),
+    **_stay(_WAITS, (Event.LINK_BROKE,)),
+    **_stay(_WAITS, (Event.RESUME,), Action.SEND_RESUMED),
     (Phase.RESERVED, Event.BULK): (Phase.RECEIVING, (Action.STORE,)),
     (Phase.RECEIVING, Event.BULK): (Phase.RECEIVING, (Action.STORE,)),
     # The manifest shows whether anything is missing, so STATE may come at any time.
@@ -169,13 +178,15 @@ TRANSITIONS: Transitions = {
     (Phase.CONFIRMED, Event.RESTARTED): (Phase.CONFIRMED, (Action.DROP_KEPT,)),
     **_stay(_RUNS, (Event.COMMIT, Event.ASK), Action.SEND_RUNNING),
     (Phase.REFUSED, Event.RESTARTED): (Phase.REFUSED, (Action.UNDO, Action.SEND_REFUSED)),
-    **_stay((Phase.REFUSED,), (Event.COMMIT, Event.ASK, Event.OFFER, Event.STATE), Action.SEND_REFUSED),
+    **_stay((Phase.REFUSED,), (Event.COMMIT, Event.ASK, Event.OFFER, Event.STATE, Event.RESUME), Action.SEND_REFUSED),
     # Late or double news.
     **_stay((Phase.REFUSED,), (*_WORLD, Event.BULK, Event.DISCARD)),
     **_stay((*_RUNS, *_GOES), _WORLD),
     **_stay(_GOES, (Event.COMMIT,)),
     **_stay((Phase.RETURNING,), (Event.ASK,)),
     **_stay((Phase.CONFIRMED,), (Event.DONE,)),
+    # The source comes back only before the freeze: this one is of a connection that is dead.
+    **_stay((Phase.VERIFIED, Phase.RESTORED_HELD, Phase.COMMIT_LOGGED, *_RUNS, *_GOES), (Event.RESUME,)),
     **_stay((*_BEFORE_COMMIT, Phase.COMMIT_LOGGED, *_RUNS, *_GOES), (Event.OFFER,)),
     **_stay((Phase.VERIFIED, Phase.RESTORED_HELD, Phase.COMMIT_LOGGED, *_RUNS, *_GOES), (Event.BULK, Event.STATE)),
 }

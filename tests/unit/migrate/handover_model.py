@@ -49,6 +49,7 @@ TO_TARGET = {
     S.SEND_DISCARD: TEvent.DISCARD,
     S.SEND_GIVE_BACK: TEvent.GIVE_BACK,
     S.ASK: TEvent.ASK,
+    S.SEND_RESUME: TEvent.RESUME,
 }
 TO_SOURCE = {
     T.SEND_PREPARED: SEvent.TARGET_PREPARED,
@@ -58,6 +59,7 @@ TO_SOURCE = {
     T.SEND_HELD: SEvent.TARGET_HELD,
     T.SEND_RETURNED: SEvent.TARGET_RETURNED,
     T.SEND_SETTLED: SEvent.TARGET_SETTLED,
+    T.SEND_RESUMED: SEvent.TARGET_RESUMED,
 }
 # Phases in which a person may say that the target is cut off for good.
 FENCEABLE = (SPhase.IN_DOUBT, SPhase.KEEPING, SPhase.RETURNING)
@@ -115,6 +117,8 @@ class Model:
     """The cgroup freezer holds the tasks when CRIU and agent die; ptrace alone would not."""
     fencing: bool = True
     """A person may cut the target off for good, which is a way out of every doubt."""
+    links_come_back: bool = False
+    """A link that breaks before the freeze may be brought back. In a walk of its own: it makes many more states."""
     source_recovers: Callable[[str], SPhase] = source_side.recovered
     target_recovers: Callable[[str], TPhase] = target_side.recovered
 
@@ -158,6 +162,8 @@ class Model:
         yield from (SEvent.CANCELLED, SEvent.FAULT, SEvent.LINK_LOST, SEvent.TIMEOUT)
         if world.source is SPhase.PRECOPY:
             yield SEvent.COPIED
+            if self.links_come_back:
+                yield SEvent.LINK_BROKE
         if world.source is SPhase.FROZEN and world.source_tasks is Tasks.FROZEN:
             yield SEvent.DUMPED
         if world.source in FENCEABLE and world.fenced:
@@ -222,6 +228,8 @@ class Model:
             yield from (TEvent.FAULT, TEvent.LINK_LOST, TEvent.TIMEOUT)
         if world.target is TPhase.VERIFIED and world.target_tasks is Tasks.HELD:
             yield TEvent.RESTORED
+        if self.links_come_back and world.target in (TPhase.RESERVED, TPhase.RECEIVING):
+            yield TEvent.LINK_BROKE
         if world.target is TPhase.RETURNING and world.target_tasks is Tasks.NONE:
             yield TEvent.COPY_GONE
         if world.target is TPhase.RESUMED and world.target_tasks is Tasks.RUNNING:
@@ -311,6 +319,7 @@ def broken_invariants(world: World) -> Iterator[str]:
             yield f"3: {message} was sent before {phase} was on the source's disk"
     for answer, where in (
         (SEvent.TARGET_PREPARED, TPhase.RESERVED),
+        (SEvent.TARGET_RESUMED, TPhase.RESERVED),
         (SEvent.TARGET_READY, TPhase.RESTORED_HELD),
         (SEvent.TARGET_RUNNING, TPhase.COMMIT_LOGGED),
         (SEvent.TARGET_REFUSED, TPhase.REFUSED),

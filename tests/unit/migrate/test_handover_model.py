@@ -47,8 +47,20 @@ def test_every_line_of_both_tables_happens_but_those_known_not_to(found: Found) 
     never_target |= {(phase, TEvent.ASK) for phase in (TPhase.IDLE, TPhase.RESERVED, TPhase.RECEIVING, TPhase.VERIFIED)}
     # Asked before a window is closed: neither table knows of that question.
     never_target |= {(phase, TEvent.ASK) for phase in (TPhase.RETURNING, TPhase.RETURNED)}
+    comes_back = {SEvent.LINK_BROKE, SEvent.TARGET_RESUMED}, {TEvent.LINK_BROKE, TEvent.RESUME}
+    never_source |= {line for line in machine.TRANSITIONS if line[1] in comes_back[0]}
+    never_target |= {line for line in target_machine.TRANSITIONS if line[1] in comes_back[1]}
     assert set(machine.TRANSITIONS) - found.used_source == never_source
     assert set(target_machine.TRANSITIONS) - found.used_target == never_target
+
+
+def test_a_link_that_comes_back_before_the_freeze_breaks_no_invariant_either() -> None:
+    """Also where a question of it, or its answer, arrives when all has been decided."""
+    found = explore(Model(links_come_back=True))
+    assert not found.violations, "\n".join(f"{rule}\n    " + "\n    ".join(h) for rule, h in found.violations.items())
+    assert not found.stuck
+    asked = {phase for phase, event in found.used_target if event is TEvent.RESUME}
+    assert asked == set(TPhase) - {TPhase.IDLE}
 
 
 def source_bug(changes: Mapping[Any, Any]) -> Model:
@@ -60,6 +72,23 @@ def target_bug(changes: Mapping[Any, Any], *, fencing: bool = True) -> Model:
 
 
 BUGS: dict[str, tuple[Model, str]] = {
+    "a target that has refused goes on when the link is back": (
+        Model(
+            target_table={
+                **target_machine.TRANSITIONS,
+                (TPhase.REFUSED, TEvent.RESUME): (TPhase.RECEIVING, (T.SEND_RESUMED,)),
+            },
+            links_come_back=True,
+        ),
+        "1: two copies run",
+    ),
+    "a link that comes back thaws what is in doubt": (
+        Model(
+            source_table={**machine.TRANSITIONS, (SPhase.IN_DOUBT, SEvent.TARGET_RESUMED): machine.ROLL_BACK},
+            links_come_back=True,
+        ),
+        "5: the source thawed",
+    ),
     "COMMIT is sent before it is on the disk": (
         source_bug({(SPhase.SENDING, SEvent.TARGET_READY): (SPhase.COMMITTED, (S.SEND_COMMIT, S.JOURNAL_COMMITTED))}),
         "3: commit",
