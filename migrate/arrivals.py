@@ -144,7 +144,7 @@ def report_loss(host: HostConfig, journal: MoveJournal, name: str, *, source: st
     """Nobody lived who could tell it."""
     first = journal.records[0]
     told = describe(ContainerLost.because(RuntimeFault(why)))
-    ReportStore(host).save(
+    ReportStore(host).try_to_save(
         MoveReport(
             id=journal.move_id,
             container=name,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-from migrate.errors import ContainerLost, InDoubt, RolledBack, StillInDoubt, describe
+from migrate.errors import ContainerLost, InDoubt, RolledBack, StillInDoubt, TakenBack, describe
+from migrate.observe import Observer, Warning
 from migrate.report import (
     Fill,
     MoveReport,
@@ -17,8 +18,10 @@ from migrate.report import (
     Verification,
     Versions,
 )
+from migrate.reports import ReportStore
 from migrate.source import SourceMove
 from runtime.container import utc_now
+from runtime.host import HostConfig
 
 
 @dataclass(kw_only=True)
@@ -116,6 +119,8 @@ def failed_report(course: Course, error: BaseException) -> MoveReport:
     told = describe(error)
     if isinstance(error, (InDoubt, StillInDoubt)):
         outcome = Outcome.IN_DOUBT
+    elif isinstance(error, TakenBack):
+        outcome = Outcome.RETURNED
     elif isinstance(error, ContainerLost):
         outcome = Outcome.LOST
     elif isinstance(error, RolledBack) or (isinstance(error, KeyboardInterrupt) and course.began):
@@ -148,3 +153,9 @@ def report_of(course: Course, outcome: Outcome) -> MoveReport:
         predicted_blackout_ms=course.predicted_ms,
         versions=course.versions,
     )
+
+
+def keep_report(host: HostConfig, report: MoveReport, observer: Observer) -> None:
+    """What became of the container is what it is; that the report is lost is told."""
+    if problem := ReportStore(host).try_to_save(report):
+        observer.on_event(Warning(what=problem))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from migrate.journal import boot_id
+from migrate.journal import Journal, boot_id
 from migrate.observe import Observer, Warning
 from runtime.api import Container, Status
 from runtime.container import Containers
@@ -55,7 +55,11 @@ def leave_record(
     became of it; its published ports lead to the target for a while."""
     _lead_ports(lambda: containers.forward_ports(container.spec, wire), observer)
     gone = dataclasses.replace(container.state, status=Status.MOVED, init_pid=0, init_start_ticks=0, moved_to=target)
-    containers.store.write_state(container.id, gone)
+    try:
+        containers.store.write_state(container.id, gone)
+    except (RuntimeFault, OSError) as error:
+        # What is left here is removed when the target is complete, or by whoever looks after open moves next.
+        observer.on_event(Warning(what=f"it could not be noted here that it has left: {error}"))
 
 
 def keep_copy(
@@ -75,6 +79,12 @@ def keep_copy(
     after_s = window.seconds + ALARM_GRACE_S if window.seconds else 0.0
     keep(containers, container, moved_to=target, move_id=move_id, until=until, after_s=after_s, argv=argv)
     _lead_ports(lambda: lead_ports_away(containers, container, wire), observer)
+
+
+def note_rolled_back(journal: Journal, observer: Observer) -> None:
+    """It runs on here, and thawing has not waited for this record: what fails here is told, no more."""
+    if problem := journal.try_append("ROLLED_BACK"):
+        observer.on_event(Warning(what=problem))
 
 
 def _lead_ports(lead: Callable[[], object], observer: Observer) -> None:

@@ -159,6 +159,14 @@ class TakenBack(MigrateError):
             hint=f"what it did on {target} is lost, and connections of that time have ended",
         )
 
+    @classmethod
+    def lost(cls, lost: ContainerLost, container: str) -> TakenBack:
+        return cls(
+            f"{container} was lost on the target and runs on the source again, as it was when it was frozen: "
+            f"{lost.what.rpartition('could not come: ')[2]}",
+            hint="what it did there is lost, and connections of that time have ended",
+        )
+
 
 class RolledBack(_Caused):
     @classmethod
@@ -343,13 +351,17 @@ def describe(error: BaseException) -> ErrorText:
 
 @contextlib.contextmanager
 def full_disk_is_no_room(path: Path) -> Iterator[None]:
-    """An OSError that says there is no room becomes NoRoom, which names ``path``."""
+    """An OSError that says there is no room becomes NoRoom, which names ``path``; one of a disk that has failed, or is
+    read-only for that reason, ReadOnly."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "make room in the state directory"
             raise runtime_errors.NoRoom(f"{path}: the disk is full", hint=hint) from error
+        if error.errno in (errno.EIO, errno.EROFS):
+            hint = "the kernel's log (dmesg) says what is wrong with the disk"
+            raise runtime_errors.ReadOnly(f"{path} can not be written: {error.strerror}", hint=hint) from error
         raise
 
 

@@ -17,12 +17,11 @@ from migrate.arrivals import at_work, settle_arrival
 from migrate.errors import MoveRefused
 from migrate.journal import COMPLETE, Journal, MoveJournal, read_one
 from migrate.messages_kept import GiveBack
-from migrate.report import report_from_json
 from migrate.reports import ReportStore
 from migrate.session import Asked
 from migrate.target_machine import JOURNALED, Action, Event, Phase, recovered, step
 from runtime.container import Containers
-from runtime.errors import Busy, CorruptData, NotFound
+from runtime.errors import Busy, NotFound
 from runtime.host import HostConfig
 from runtime.kept import end_for_good
 from runtime.wire import remove_wires
@@ -40,8 +39,7 @@ def handle_give_back(asked: Asked, message: Mapping[str, Any]) -> None:
 def handle_done(asked: Asked, message: Mapping[str, Any]) -> None:
     """Handler of "done" where it comes on a connection of its own: the source's copy is gone. Nothing is answered."""
     done = messages.Done.parse(message)
-    with contextlib.suppress(CorruptData):
-        ReportStore(asked.host).save(report_from_json(done.report))
+    ReportStore(asked.host).try_to_save_theirs(done.report)
     journal = _journal(asked.host, done.move_id)
     if journal.phase in (Phase.RESUMED, Phase.SETTLED):
         Stay(asked.host, journal).on(Event.DONE)

@@ -9,6 +9,7 @@ there, which halves the time of a sync and can not fail for want of room between
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import json
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from migrate.errors import ProtocolViolation, full_disk_is_no_room
-from runtime.errors import CorruptData
+from runtime.errors import CorruptData, RuntimeFault
 
 Side = Literal["source", "target"]
 _FILE_NAME = re.compile(r"(?P<move_id>[a-zA-Z0-9_-]{1,64})\.(?P<side>source|target)\.jsonl")
@@ -133,6 +134,14 @@ class Journal:
         """Write one record; it is on disk when this returns. Raises NoRoom, and OSError; then nothing is decided."""
         return self._append(phase, details, epoch=epoch, durable=True)
 
+    def try_append(self, phase: str) -> str:
+        """``append`` where nothing may wait for it; why it could not be written, empty when it is on the disk."""
+        try:
+            self.append(phase)
+        except (RuntimeFault, OSError) as error:
+            return f"{phase} of move {self._move_id} is not on the disk: {error}"
+        return ""
+
     def note(self, what: str) -> Record:
         """Write a record that outlives this process, and not a crash of the host: no sync in the blackout for it."""
         return self._append(what, None, epoch=None, durable=False)
@@ -156,9 +165,11 @@ class Journal:
                 if durable:
                     os.fdatasync(self._fd)
             except BaseException:
-                # A record that failed must not be found by the next reader as if it had been written.
-                os.pwrite(self._fd, b" " * len(line), self._end)
-                os.fsync(self._fd)
+                # A record that failed must not be found by the next reader as if it had been written. On a disk that
+                # has failed that fails as well.
+                with contextlib.suppress(OSError):
+                    os.pwrite(self._fd, b" " * len(line), self._end)
+                    os.fsync(self._fd)
                 raise
         self._end += len(line)
         return record

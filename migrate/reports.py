@@ -7,10 +7,12 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Mapping
+from typing import Any
 
 from migrate.errors import UnknownReport, full_disk_is_no_room
 from migrate.report import MoveReport, report_from_json
-from runtime.errors import BadInput, CorruptData
+from runtime.errors import BadInput, CorruptData, RuntimeFault
 from runtime.host import HostConfig
 
 _ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -45,6 +47,19 @@ class ReportStore:
                 os.fsync(directory)
             finally:
                 os.close(directory)
+
+    def try_to_save(self, report: MoveReport) -> str:
+        """``save`` where what became of a container must not hang on it; why it could not be kept, empty when it is."""
+        try:
+            self.save(report)
+        except (RuntimeFault, OSError) as error:
+            return f"the report of move {report.id} could not be kept: {error}"
+        return ""
+
+    def try_to_save_theirs(self, data: Mapping[str, Any]) -> None:
+        """A peer's report, if it is one."""
+        with contextlib.suppress(CorruptData):
+            self.try_to_save(report_from_json(data))
 
     def list(self, *, limit: int | None = None) -> tuple[list[MoveReport], list[str]]:
         """Reports newest first, and a warning for each file that can not be read."""

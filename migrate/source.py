@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from migrate import messages
 from migrate.asking import bring_memory, discard, not_seen_complete, what_became
 from migrate.causes import event_of
-from migrate.departure import UndoWindow, keep_copy, leave_record, must_give_back
+from migrate.departure import UndoWindow, keep_copy, leave_record, must_give_back, note_rolled_back
 from migrate.errors import ContainerLost, InDoubt, MoveRefused, PeerFailed, RolledBack, name_peer
 from migrate.filtering import load_filter
 from migrate.frozen_state import send_frozen_state
@@ -136,7 +136,7 @@ class SourceMove:
             Action.KILL_COPY: self._kill_copy,
             Action.SEND_DONE: self._send_done,
             Action.THAW: self._thaw,
-            Action.JOURNAL_ROLLED_BACK: lambda: self._write("ROLLED_BACK"),
+            Action.JOURNAL_ROLLED_BACK: lambda: note_rolled_back(self._journal, self._observer),
             Action.JOURNAL_RECLAIMED: lambda: self._write("RECLAIMED"),
             Action.SEND_DISCARD: self._send_discard,
         }

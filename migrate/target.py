@@ -21,7 +21,7 @@ from migrate.memory_target import NoPages, PageSink, StorePages
 from migrate.messages_kept import Keeping
 from migrate.packing import WAYS
 from migrate.postcopy_target import DEATH_RECORD, MISSING_MARK, RemoteFeed
-from migrate.report import MoveReport, Outcome, ReportedError, report_from_json
+from migrate.report import MoveReport, Outcome, ReportedError
 from migrate.reports import ReportStore
 from migrate.session import Asked, package_version
 from migrate.shared_target import SharedTarget
@@ -31,7 +31,7 @@ from migrate.waiting import WaitingRoom
 from runtime.container import Containers
 from runtime.criu.binary import find_criu
 from runtime.criu.restore import HeldRestore
-from runtime.errors import CorruptData, CriuFailed
+from runtime.errors import CriuFailed
 from runtime.memory.pager import Pager, PagerDied
 from runtime.store import process_start_ticks
 from runtime.workdir import WorkDirectory
@@ -326,8 +326,7 @@ class TargetMove:
                 return  # what becomes of it comes on another connection
             done = messages.Done.parse(message)
             self._on(Event.DONE)
-            with contextlib.suppress(CorruptData):
-                ReportStore(self._host).save(report_from_json(done.report))
+            ReportStore(self._host).try_to_save_theirs(done.report)
 
     @property
     def _lazy_pager(self) -> Pager | None:
@@ -375,7 +374,7 @@ class TargetMove:
     def _report_loss(self, error: PagerDied) -> ContainerLost:
         """The source may be gone: what became of the container must be told here."""
         lost = ContainerLost.because(error)
-        ReportStore(self._host).save(
+        ReportStore(self._host).try_to_save(
             MoveReport(
                 id=self._offer.move_id,
                 container=self._spec.name,

@@ -8,10 +8,11 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from migrate import messages, preflight
-from migrate.course import Course, failed_report, moved_report, report_of
+from migrate.course import Course, failed_report, keep_report, moved_report, report_of
 from migrate.errors import (
     MemoryDiffers,
     MigrateError,
@@ -39,7 +40,7 @@ from migrate.segment import GRACE_S, WantedNetwork, find_way
 from migrate.session import package_version
 from migrate.source import FIRST_EPOCH, SourceMove
 from migrate.survey import measure_rate_Bps, survey
-from migrate.undo import OnUnhealthy, after_the_move, window_for
+from migrate.undo import OnUnhealthy, WayBack, with_a_way_back
 from runtime.api import Container, Status
 from runtime.connections import TcpPolicy
 from runtime.container import Containers
@@ -149,22 +150,22 @@ def move(
     held = Held(observer)
     try:
         with containers.locked(container.id, f"move to {to}", wait_s=0.5) as locked:
-            report = _move_probed(host, containers, locked, course, options, held, connecting)
-            report = _look_after_copy(host, container.id, report, options, held)
+            moving = partial(_move_probed, host, containers, locked, course, options, held, connecting)
+            report = with_a_way_back(host, locked.id, moving, _way_back(options), held)
     except BaseException as error:
         name_peer(error, course.target)
         if isinstance(error, RolledBack) and error.cause_code in LINK_CODES and not course.unreachable:
             _undo_there(host, course)
         report = failed_report(course, error)
         if container.state.status in (Status.RUNNING, Status.PAUSED) and course.transport:
-            ReportStore(host).save(report)
+            keep_report(host, report, held)
         held.on_event(MoveEnded(report=report))
         raise
     if not options.dry_run:
-        ReportStore(host).save(report)
         if options.health is not None and report.health is None:
+            ReportStore(host).try_to_save(report)  # looking may take long
             report = replace(report, health=look_there(host, report, options.health))
-            ReportStore(host).save(report)
+        keep_report(host, report, held)
     held.on_event(MoveEnded(report=report))
     if report.error is not None and report.outcome is Outcome.RETURNED:
         raise TakenBack(report.error.what, hint=report.error.hint)
@@ -188,14 +189,10 @@ def _undo_there(host: HostConfig, course: Course) -> None:
         messages.Answer.parse(session.channel.receive(deadline=deadline).message())
 
 
-def _look_after_copy(
-    host: HostConfig, container_id: str, report: MoveReport, options: MoveOptions, observer: Observer
-) -> MoveReport:
-    window = window_for(options.undo_window_s, options.on_unhealthy)
-    if window is None or options.dry_run:
-        return report
-    health, wanted = options.health, options.on_unhealthy
-    return after_the_move(host, container_id, report, window, health=health, on_unhealthy=wanted, observer=observer)
+def _way_back(options: MoveOptions) -> WayBack:
+    if options.dry_run:
+        return WayBack()
+    return WayBack(undo_window_s=options.undo_window_s, on_unhealthy=options.on_unhealthy, health=options.health)
 
 
 def _move_probed(
@@ -284,7 +281,7 @@ def _attempts(
             tcp=options.tcp,
             leaving=Leaving(containers, container.spec, wire, held),
             max_blackout_ms=options.max_blackout_ms,
-            window=window_for(options.undo_window_s, options.on_unhealthy),
+            window=_way_back(options).window,
         )
         try:
             source.run()

@@ -66,12 +66,14 @@ def is_whole(containers: Containers, container: Container) -> bool:
 
 
 def must_be_able_to_run(containers: Containers, container: Container) -> None:
-    """Raises WrongState where the copy is not whole, or a port that it publishes has been taken meanwhile."""
+    """Raises WrongState where the copy is not whole, or a port that it publishes has been taken meanwhile; NoRoom or
+    OSError where that it runs could not be written down."""
     if not is_whole(containers, container):
         raise WrongState(
             f"the copy of {container.name} here is gone: its processes were killed",
             hint=f"it runs on {container.state.moved_to}; move it back from there as it is now",
         )
+    containers.store.write_state(container.id, container.state)
     if container.spec.ports:
         others = [other.spec for other in containers.list(all_states=False) if other.id != container.id]
         refuse_taken_ports(container.spec, others)

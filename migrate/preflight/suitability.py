@@ -175,7 +175,9 @@ def _name(wanted: SourceFacts, view: TargetView, _mode: str) -> Iterator[Finding
         what = "a container that is on its way there" if holder.arriving else f"container {holder.id}"
         if holder.id == spec.id:
             yield blocker(
-                "id", f"this very container ({spec.id}) is on {view.host.name} already", f"cmigrate inspect {spec.id}"
+                "id",
+                f"this very container ({spec.id}) is on {view.host.name} already",
+                "`cmigrate ps -a` there tells how; `cmigrate undo --forget` there gives up a copy that is kept",
             )
         elif holder.name == spec.name:
             yield blocker(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.integration.test_bad_input import CONNECTION, NO_ROOM, fake_peer, move, must_fail, serving
-from tests.support.lab import TwoHosts
+from tests.support.lab import HOSTS, TwoHosts, nothing_left_on
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -33,6 +33,51 @@ def test_a_directory_that_can_not_be_written_is_told_before_anything_happens(
     with serving(two_hosts), read_only(two_hosts, host, directory) as path:
         done = move(two_hosts, "stays", "--to", "host2", "--mode", "diskless", "--transport", "stream")
         must_fail(done, NO_ROOM, path, "hint: ", *(["host2"] if host == "host2" else []))
+
+
+# Leaves so many pages of 4 KiB free.
+FILL = """
+cd "$1"; rm -f filler; free=$(df --output=avail -B4096 . | tail -1)
+head -c $(( (free - $2) * 4096 )) /dev/zero >filler
+"""
+
+
+@contextmanager
+def small_source(hosts: TwoHosts) -> Iterator[str]:
+    """host1's state directory on a file system of its own."""
+    state = str(hosts.config("host1").state_dir)
+    hosts.lab.exec("host1", ["mkdir", "-p", state], check=True)
+    hosts.lab.exec("host1", ["mount", "-t", "tmpfs", "-o", "size=40m,mode=700", "small", state], check=True)
+    try:
+        yield state
+    finally:
+        hosts.lab.exec("host1", ["umount", "--lazy", state], check=True)
+
+
+def fill(hosts: TwoHosts, directory: str, pages_left: int) -> None:
+    hosts.lab.exec("host1", ["sh", "-c", FILL, "fill", directory, str(pages_left)], check=True)
+
+
+def test_a_source_without_room_is_told_and_one_that_runs_out_of_it_moves_all_the_same(two_hosts: TwoHosts) -> None:
+    # A journal takes two pages when a move begins; what it decides later needs no more.
+    words = ("stays", "--to", "host2", "--mode", "diskless", "--transport", "stream")
+    with small_source(two_hosts) as state, nothing_left_on(two_hosts, *HOSTS):
+        two_hosts.cmigrate("host1", "run", "-d", "--name", "stays", "--rootfs", "host", "--", "sleep", "1000")
+        try:
+            fill(two_hosts, state, 0)
+            must_fail(move(two_hosts, *words), NO_ROOM, "the disk is full", state, "hint: ")
+            assert [line["status"] for line in two_hosts.lines("host1", "ps", "--json")] == ["running"]
+            # Only what is kept about it is lost, and that is said.
+            fill(two_hosts, state, 2)
+            done = move(two_hosts, *words)
+            assert done.returncode == 0, done.stderr
+            assert "could not be" in done.stderr
+            assert [line["name"] for line in two_hosts.lines("host2", "ps", "--json")] == ["stays"]
+            assert not two_hosts.lines("host1", "ps", "-a", "--json")
+            two_hosts.lab.exec("host1", ["rm", f"{state}/filler"], check=True)
+        finally:
+            for host in HOSTS:
+                two_hosts.cmigrate(host, "rm", "-f", "stays", check=False)
 
 
 def test_a_peer_of_a_newer_protocol_is_told_with_both_versions(two_hosts: TwoHosts) -> None:

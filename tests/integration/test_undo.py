@@ -1,6 +1,7 @@
 """A container that was moved comes back as it was at the freeze: asked for, or because it was not well."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from migrate.journal import Journal, Side, read_all
+from runtime.api import Status
+from runtime.store import ContainerStore
 from tests.support.lab import HOSTS, Running, TwoHosts, nothing_left_on
 
 pytestmark = pytest.mark.timeout(300)
@@ -109,9 +112,28 @@ def until(done: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+def state_of(hosts: TwoHosts, host: str) -> Path:
+    """A host's state directory as it is seen from here."""
+    return Path(hosts.lab.directory) / host / "state"
+
+
+def pager() -> int:
+    """Of the one move there is; its guard is its parent."""
+    found = {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"/pager_main.py\0" in (directory / "cmdline").read_bytes():
+                found[int(directory.name)] = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
+    (child,) = (pid for pid, parent in found.items() if parent in found)
+    return child
+
+
 def last_record(hosts: TwoHosts, host: str) -> tuple[str, Side, str]:
-    """Move, side and phase of the youngest journal."""
-    journals = read_all(Path(hosts.lab.directory) / host / "state" / "journal")
+    """Move, side and phase of the youngest journal; empty without one."""
+    journals = read_all(state_of(hosts, host) / "journal")
+    journals = [journal for journal in journals if journal.records]
+    if not journals:
+        return "", "source", ""
     youngest = max(journals, key=lambda journal: journal.records[0].at)
     return youngest.move_id, youngest.side, youngest.phase
 
@@ -119,7 +141,7 @@ def last_record(hosts: TwoHosts, host: str) -> tuple[str, Side, str]:
 def write_record(hosts: TwoHosts, host: str, phase: str) -> None:
     """As a process that died right after it has left it."""
     move_id, side, _phase = last_record(hosts, host)
-    with Journal(Path(hosts.lab.directory) / host / "state" / "journal", move_id, side=side) as file:
+    with Journal(state_of(hosts, host) / "journal", move_id, side=side) as file:
         file.append(phase)
 
 
@@ -202,6 +224,47 @@ def test_what_dies_while_it_comes_back_is_finished_by_whoever_comes_next(two_hos
     assert statuses(two_hosts) == ["running", ""]
     with contextlib.closing(connected(counter)) as connection:
         assert ask(connection) == 1
+
+
+def test_a_frozen_copy_that_a_mover_left_after_its_end_is_not_in_the_way_of_a_move_back(
+    two_hosts: TwoHosts, counter: Running
+) -> None:
+    move_and_keep(counter, "diskless")
+    with contextlib.closing(connected(counter)) as connection:
+        assert ask(connection) == 1
+    # Killed between DONE and the end of its copy.
+    write_record(two_hosts, "host1", "DONE")
+    store = ContainerStore(dataclasses.replace(two_hosts.config("host1"), state_dir=state_of(two_hosts, "host1")))
+    left = store.get(NAME)
+    running = dataclasses.replace(left.state, status=Status.RUNNING, moved_to="", kept_for="")
+    store.write_state(left.id, running)
+    counter.move("diskless", "stream")
+    assert statuses(two_hosts) == ["running", ""]
+    with contextlib.closing(connected(counter)) as connection:
+        assert ask(connection) == 2
+
+
+def test_one_that_post_copy_would_lose_comes_back_where_its_copy_is_kept(two_hosts: TwoHosts) -> None:
+    program = "import os, time; kept = os.urandom(40 << 20); print(len(kept), flush=True); time.sleep(1000)"
+    options = ("--mode", "postcopy", "--allow-postcopy", "--transport", "stream", "--compress", "none")
+    # Memory takes half a minute to follow, of which nobody waits for more than a moment.
+    slow = ("--bandwidth", "10mbit", "--on-unhealthy", "return", "--health-cmd", "true")
+    with nothing_left_on(two_hosts, *HOSTS):
+        words = ("--restart", "always", "--name", NAME, "--rootfs", "host", "--", "python3", "-c", program)
+        two_hosts.cmigrate("host1", "run", "-d", *words)
+        try:
+            until(lambda: bool(two_hosts.cmigrate("host1", "logs", NAME).stdout))
+            command = ["cmigrate", "move", NAME, "--to", "host2", *options, *slow]
+            mover = two_hosts.lab.popen("host1", command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            until(lambda: last_record(two_hosts, "host2")[2] == "RESUMED")
+            os.kill(pager(), signal.SIGKILL)
+            _, told = mover.communicate(timeout=WAIT_S)
+            assert mover.returncode == ROLLED_BACK, told
+            assert "lost" in told
+            assert statuses(two_hosts) == ["running", ""]
+        finally:
+            for host in HOSTS:
+                two_hosts.cmigrate(host, "rm", "-f", NAME, check=False)
 
 
 def test_a_window_that_is_over_is_closed_by_itself(two_hosts: TwoHosts, counter: Running) -> None:

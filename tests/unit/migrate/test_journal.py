@@ -1,4 +1,7 @@
+import errno
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -8,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migrate.errors import ProtocolViolation
-from migrate.journal import RELEASING, ROOM_BYTES, Journal, read_all, read_one
+from migrate.errors import ProtocolViolation, full_disk_is_no_room
+from migrate.journal import COMPLETE, RELEASING, ROOM_BYTES, Journal, read_all, read_one
+from runtime.errors import NoRoom, ReadOnly, RuntimeFault
 
 
 def write(directory: Path, *phases: str, move_id: str = "abc") -> Path:
@@ -194,3 +198,38 @@ def test_only_root_reads_a_journal(tmp_path: Path) -> None:
     path = write(tmp_path / "journal", "PREPARED")
     assert os.stat(path).st_mode & 0o077 == 0
     assert os.stat(path.parent).st_mode & 0o077 == 0
+
+
+def test_a_record_that_may_fail_says_why_and_leaves_no_trace(tmp_path: Path) -> None:
+    with Journal(tmp_path, "m1", side="source") as journal:
+        journal.append("PREPARED")
+        before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            problem = journal.try_append("ROLLED_BACK")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, ignored)
+        assert "ROLLED_BACK of move m1 is not on the disk" in problem
+        (found,) = read_all(tmp_path)
+        assert (found.phase, found.damage) == ("PREPARED", "")
+        assert journal.try_append("ROLLED_BACK") == ""
+    (found,) = read_all(tmp_path)
+    assert found.phase == "ROLLED_BACK"
+
+
+def test_notes_are_no_phases(tmp_path: Path) -> None:
+    with Journal(tmp_path, "m1", side="target") as journal:
+        journal.append("RESUMED")
+        journal.note(COMPLETE)
+    (found,) = read_all(tmp_path)
+    assert found.phase == "RESUMED"
+    assert found.reached(COMPLETE)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, NoRoom), (errno.EIO, ReadOnly), (errno.EROFS, ReadOnly)])
+def test_an_error_of_the_disk_names_the_file_and_a_way_out(number: int, kind: type[RuntimeFault]) -> None:
+    with pytest.raises(kind) as caught, full_disk_is_no_room(Path("/some/journal")):
+        raise OSError(number, os.strerror(number))
+    assert "/some/journal" in caught.value.what
+    assert caught.value.hint
