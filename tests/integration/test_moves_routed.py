@@ -80,6 +80,12 @@ def rolled_back(container: Running) -> None:
     """Frozen for longer than it may be: everything is as it was."""
     words = ("move", container.name, "--to", container.other, "--mode", "diskless", "--max-blackout", "1")
     assert container.hosts.cmigrate(container.host, *words, check=False).returncode == 5
+    # The target may wait for the source to come back before it undoes what it has made.
+    deadline = time.monotonic() + 90
+    again = (*words[:4], "--dry-run")
+    while container.hosts.cmigrate(container.host, *again, check=False).returncode:
+        assert time.monotonic() < deadline, "the target does not undo it"
+        time.sleep(1)
 
 
 def links(hosts: TwoHosts) -> dict[str, list[bool]]:
