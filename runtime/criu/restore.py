@@ -276,6 +276,7 @@ class HeldRestore:
                     self._session.next_event(RELEASE_TIMEOUT_S)
             self._session.close()
             self._session = None
+        self.charger.close()  # the monitor waits for its helper, which waits for us
         if self._launch is not None:
             with self._launch:
                 pass

@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Callable, Mapping
 
 from migrate.inventory import Inventory
-from migrate.messages import PROTOCOL, Findings, Hello, Holding, Message, Prepared
+from migrate.messages import PROTOCOL, Error, Findings, Hello, Holding, Message, Prepared
 from migrate.session import exchange_hello
 from runtime.host import load_host_config
 from transport.api import Channel, Deadline, Frame, FrameKind, TransportError
@@ -106,14 +106,20 @@ def newer(connection: socket.socket) -> None:
 
 
 def take_part(connection: socket.socket, answers: Mapping[str, Message]) -> None:
-    """Answer what the source says in a move, by type, and take whatever else comes."""
+    """Answer what the source says in a move, by type, and take whatever else comes. What is asked before it is unknown
+    here, as to an older version."""
     channel = greet(connection)
+    in_move = False
     while True:
         frame = channel.receive(deadline=Deadline.after(PATIENCE_S))
         asked = frame.message() if frame.kind is FrameKind.CONTROL else {}
         if (message := answers.get(str(asked.get("type")))) is not None:
             answer = {**message.to_message(), "move_id": asked.get("move_id", "")}
             channel.send(Frame.control(answer), deadline=Deadline.after(PATIENCE_S))
+            in_move = in_move or asked["type"] == "offer"
+        elif not in_move:
+            unknown = Error(code="unknown-message", what="what is that?", hint="").to_message()
+            channel.send(Frame.control(unknown), deadline=Deadline.after(PATIENCE_S))
 
 
 WILLING: dict[str, Message] = {"preflight": Findings(), "offer": Prepared(move_id="")}
