@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -21,7 +22,8 @@ from migrate.recover import drop_copy, recover
 from runtime.api import Status
 from runtime.container import Containers
 from runtime.criu.dump import wake_after_dead_dump
-from runtime.errors import NotFound, WrongState
+from runtime.errors import Busy, NotFound, WrongState
+from runtime.handover import end_handover
 from runtime.host import HostConfig
 
 Keep = Literal["source", "target"]
@@ -49,6 +51,11 @@ def settle(host: HostConfig, reference: str) -> Settled:
     container_id = _container_id(host, reference)
     dismiss_waiting(host, container_id, if_waiting=True)
     told = recover(host)
+    containers = Containers(host)
+    # Of a move whose rollback was cut short by the host's own end. Under the lock: who is at it holds that.
+    with contextlib.suppress(Busy, NotFound), containers.locked(container_id, "resolve", wait_s=0.0) as container:
+        if not _open(host, container_id):
+            end_handover(containers.store.directory(container.id))
     return Settled(told=told, open_moves=[journal.move_id for journal in _open(host, container_id)])
 
 

@@ -22,6 +22,7 @@ from runtime.api import Container, ContainerSpec, ContainerState, Status
 from runtime.cgroup import CgroupLayout, CgroupStats, ContainerCgroup
 from runtime.errors import Busy, NotFound, RuntimeFault, WrongState
 from runtime.forwarding import forward_ports
+from runtime.handover import must_be_ours_to_start
 from runtime.host import HostConfig
 from runtime.linux.files import open_in_root
 from runtime.names import refresh_names
@@ -135,10 +136,7 @@ class Containers:
     def start(self, reference: str, *, restarts: int = 0) -> Container:
         """Start a created or exited container. Raises LaunchFailed when its program can not be run."""
         with self.locked(reference, "start") as container:
-            if container.state.status in (Status.RUNNING, Status.PAUSED):
-                raise WrongState(f"container {container.name} already runs")
-            if container.state.status in (Status.MOVED, Status.KEPT):
-                raise WrongState(f"container {container.name} has moved to {container.state.moved_to}")
+            must_be_ours_to_start(container, self.store.directory(container.id))
             self.clean_up(container.id)
             with ExitStack() as undo:
                 undo.callback(self.clean_up, container.id)

@@ -28,6 +28,7 @@ from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, dump_request, external_mounts
 from runtime.criu.rpc import CriuSession
 from runtime.errors import CriuFailed, RuntimeFault
+from runtime.handover import begin_handover, end_handover
 from runtime.linux.rcu import ExpeditedGracePeriods
 from runtime.linux.tcp_table import TcpTable
 from runtime.linux.vfork import tasks_in_vfork
@@ -74,6 +75,7 @@ class HeldDump:
         self._tcp_table: TcpTable | None = None
         self._grace_periods = ExpeditedGracePeriods(containers.host.run_dir)
         self._frozen = False
+        self._hands_over = False
         self.mounts: tuple[ExternalMount, ...] = ()
         self.pipes: tuple[int, int] = (0, 0)
         self.neighbours: dict[str, str] = {}
@@ -133,7 +135,9 @@ class HeldDump:
 
     def look_ahead(self) -> None:
         """To be called shortly before ``freeze``: whom the container knows at link level goes along, and what its
-        mappings are CRIU need not read while it is frozen."""
+        mappings are CRIU need not read while it is frozen. Until ``rollback`` nothing starts it here."""
+        self._hands_over = True
+        begin_handover(self._containers.store.directory(self.container.id))
         if self._filter is not None:
             self._filter.note_mappings(self._cgroup.pids)
         network = self.container.spec.network
@@ -238,12 +242,15 @@ class HeldDump:
                 self._session.acknowledge(False)
                 self._until_response(self._session, FINISH_TIMEOUT_S, answer=False)
         self._thaw()
+        if self._hands_over:
+            end_handover(self._containers.store.directory(self.container.id))
+            self._hands_over = False
         self.close()
 
     def stay_frozen(self) -> None:
         """From now on ``rollback`` lets go of everything but the tasks: the freezer goes on holding those, and the link
         leads nowhere (runtime/kept.py)."""
-        self._frozen = False
+        self._frozen = self._hands_over = False
 
     def _thaw(self) -> None:
         if self._frozen:
@@ -329,6 +336,7 @@ def wake_after_dead_dump(containers: Containers, container: Container) -> None:
     """
     state = container.state
     if state.status not in (Status.RUNNING, Status.PAUSED):
+        end_handover(containers.store.directory(container.id))
         return
     in_network_namespace(state.init_pid, remove_criu_tables)
     with ContainerNetwork(host_for(containers.host, container.spec.network), container.id) as network:
@@ -339,4 +347,5 @@ def wake_after_dead_dump(containers: Containers, container: Container) -> None:
             network.announce()
     if state.status is Status.RUNNING:
         containers.cgroup(container.id).thaw()
+    end_handover(containers.store.directory(container.id))
     drop_toward(container.id)

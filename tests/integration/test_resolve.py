@@ -99,8 +99,45 @@ def test_a_doubt_stays_frozen_while_the_link_is_cut_and_is_settled_when_it_is_ba
     while two_hosts.cmigrate("host1", "resolve", container.id, check=False).returncode == IN_DOUBT:
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    running = [host for host in HOSTS for line in two_hosts.lines(host, "ps", "--json") if line["name"] == NAME]
-    assert len(running) == 1
+    assert sum(running_on(two_hosts, host) for host in HOSTS) == 1
+
+
+def test_a_copy_in_doubt_that_is_killed_is_not_started_again_by_policy_or_person(two_hosts: TwoHosts) -> None:
+    service = Memory(mib=16)
+    with nothing_left_on(two_hosts, *HOSTS):
+        container = two_hosts.run(service, "--restart", "always", name=NAME)
+        try:
+            make_doubt(two_hosts, container)
+            try:
+                (line,) = two_hosts.lines("host1", "inspect", container.id, "--json")
+                # As the kernel would in want of memory: the freezer does not keep a task from that.
+                os.kill(line["state"]["init_pid"], signal.SIGKILL)
+                deadline = time.monotonic() + 30
+                while two_hosts.lines("host1", "ps", "-a", "--json")[0]["status"] != "exited":
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+                refused = two_hosts.cmigrate("host1", "start", NAME, check=False)
+                assert refused.returncode == REFUSED, refused.stdout + refused.stderr
+                assert "may run on another host" in refused.stderr
+                time.sleep(1)  # several times the policy's first delay
+                assert two_hosts.lines("host1", "ps", "-a", "--json")[0]["status"] == "exited"
+            finally:
+                link(two_hosts, "up")
+            deadline = time.monotonic() + 60
+            while two_hosts.cmigrate("host1", "resolve", container.id, check=False).returncode == IN_DOUBT:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+            if not running_on(two_hosts, "host2"):
+                # The target never had the right to run it: it is this host's again, from its files.
+                two_hosts.cmigrate("host1", "start", NAME)
+            assert sum(running_on(two_hosts, host) for host in HOSTS) == 1
+        finally:
+            service.close()
+            container.remove()
+
+
+def running_on(hosts: TwoHosts, host: str) -> int:
+    return sum(line["name"] == NAME for line in hosts.lines(host, "ps", "--json"))
 
 
 def test_a_person_may_decide_once_the_other_side_is_fenced(two_hosts: TwoHosts, container: Running) -> None:
