@@ -219,9 +219,9 @@ def test_a_peer_that_sends_garbage_or_hangs_is_given_up_in_time(two_hosts: TwoHo
 
 
 @contextmanager
-def started_move(hosts: TwoHosts, mode: str, transport: str) -> Iterator[subprocess.Popen[str]]:
+def started_move(hosts: TwoHosts, mode: str, transport: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     """The command in the background, in a group of its own as a shell would start it; over when the block is."""
-    argv = ["cmigrate", "move", "stays", "--to", "host2", "--mode", mode, "--transport", transport]
+    argv = ["cmigrate", "move", "stays", "--to", "host2", "--mode", mode, "--transport", transport, *options]
     process: subprocess.Popen[str] = hosts.lab.popen(
         "host1",
         argv,
@@ -310,7 +310,8 @@ def test_a_target_agent_that_is_killed_in_the_middle_leaves_the_container_on_the
 ) -> None:
     with serving(two_hosts, mib=300) as container:
         container.exec("sh", "-c", "head -c 200000000 /dev/urandom >/var/tmp/large")
-        with started_move(two_hosts, mode, transport) as going:
+        # Else it would begin again: test_reconnect.
+        with started_move(two_hosts, mode, transport, "--reconnect-for", "0") as going:
             wait_for(lambda: MOMENTS[moment](two_hosts, container.id), going)
             for pid in sessions_on(two_hosts, "host2"):
                 os.kill(pid, signal.SIGKILL)
