@@ -20,6 +20,7 @@ from runtime.api import Container, Status
 from runtime.container import Containers
 from runtime.criu.dump import wake_after_dead_dump
 from runtime.errors import Busy, NotFound, RuntimeFault
+from runtime.handover import handed_over_by
 from runtime.host import HostConfig
 from runtime.linux.rcu import turn_off_what_is_left
 from runtime.wayback import sweep_ways
@@ -49,6 +50,9 @@ def recover(host: HostConfig) -> list[str]:
             if (journal.side, journal.phase) == ("source", "DONE") and _is_of_this_stay(host, journal):
                 with contextlib.suppress(Busy, NotFound):
                     told += _forget_moved(host, journal)
+            if (journal.side, journal.phase) == ("source", "RECLAIMED"):
+                with contextlib.suppress(Busy, NotFound):
+                    told += _thaw_reclaimed(host, journal)
             if (journal.side, journal.phase) == ("target", "REFUSED") and journal.move_id in arriving:
                 undo_refused(host, journal)
             continue
@@ -93,6 +97,20 @@ def _source(host: HostConfig, journal: MoveJournal) -> list[str]:
     # Not before: the files of a mover that lives, and holds the lock, are none of ours.
     shutil.rmtree(host.state_dir / "moves" / journal.move_id, ignore_errors=True)
     return [told]
+
+
+def _thaw_reclaimed(host: HostConfig, journal: MoveJournal) -> list[str]:
+    """Who wrote RECLAIMED may have died before the thaw. The mark tells: it goes with the thaw, and names this move."""
+    containers = Containers(host)
+    container_id = str(journal.records[0].details.get("container", ""))
+    directory = containers.store.directory(container_id)
+    if handed_over_by(directory) != journal.move_id:
+        return []
+    with containers.locked(container_id, "recovery", wait_s=0.0) as container:
+        if handed_over_by(directory) != journal.move_id:
+            return []
+        wake_after_dead_dump(containers, container)
+        return [f"move {journal.move_id}: {container.name} runs on here"]
 
 
 def _forget_moved(host: HostConfig, journal: MoveJournal) -> list[str]:

@@ -298,7 +298,7 @@ class SourceMove:
         if self._live is not None and self._mode != "diskless":
             self._mark("rounds")
             self._copy_memory(self._live)
-        self._dump.look_ahead()
+        self._dump.look_ahead(self._move_id)
         self._out.all_has_come(self._move_id)
 
     def _copy_memory(self, live: LiveMemory) -> None:

@@ -16,9 +16,17 @@ from runtime.store import write_durably
 MARK = "handover"
 
 
-def begin_handover(directory: Path) -> None:
+def begin_handover(directory: Path, move_id: str) -> None:
     """``directory`` is the container's. On the disk when this returns. Raises NoRoom or OSError."""
-    write_durably(directory / MARK, b"")
+    write_durably(directory / MARK, move_id.encode())
+
+
+def handed_over_by(directory: Path) -> str:
+    """The move that the mark is of; empty without one."""
+    try:
+        return (directory / MARK).read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def end_handover(directory: Path) -> None:

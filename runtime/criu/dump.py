@@ -133,11 +133,11 @@ class HeldDump:
         finally:
             os.close(images_fd)
 
-    def look_ahead(self) -> None:
+    def look_ahead(self, move_id: str) -> None:
         """To be called shortly before ``freeze``: whom the container knows at link level goes along, and what its
         mappings are CRIU need not read while it is frozen. Until ``rollback`` nothing starts it here."""
         self._hands_over = True
-        begin_handover(self._containers.store.directory(self.container.id))
+        begin_handover(self._containers.store.directory(self.container.id), move_id)
         if self._filter is not None:
             self._filter.note_mappings(self._cgroup.pids)
         network = self.container.spec.network

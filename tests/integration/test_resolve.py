@@ -7,9 +7,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from migrate.journal import Journal
+from runtime.handover import begin_handover
 from tests.support.lab import HOSTS, Running, TwoHosts, nothing_left_on
 from tests.support.services import Memory
 
@@ -138,6 +141,29 @@ def test_a_copy_in_doubt_that_is_killed_is_not_started_again_by_policy_or_person
 
 def running_on(hosts: TwoHosts, host: str) -> int:
     return sum(line["name"] == NAME for line in hosts.lines(host, "ps", "--json"))
+
+
+def test_a_copy_that_was_reclaimed_by_who_died_before_the_thaw_runs_again(
+    two_hosts: TwoHosts, container: Running
+) -> None:
+    (line,) = two_hosts.lines("host1", "inspect", container.id, "--json")
+    host = two_hosts.config("host1")
+    inside = f"{host.cgroup_parent}/{container.id}/cgroup.freeze"
+    (freezer,) = [*Path("/sys/fs/cgroup").glob(inside), *Path("/sys/fs/cgroup").glob(f"*/{inside}")]
+    journals = two_hosts.lab.directory / "host1" / "state" / "journal"
+    # As RECLAIMED on the disk, a later move's journal beside it, and nothing after it.
+    with Journal(journals, "reclaimed01", side="source") as journal:
+        journal.append("PREPARED", {"container": container.id, "target": "host2", "came_by": ""})
+        journal.append("RECLAIMED", {})
+    begin_handover(journals.parent / "containers" / container.id, "another0001")
+    freezer.write_text("1")
+    assert "runs on here" not in two_hosts.cmigrate("host1", "resolve", "reclaimed01").stdout
+    assert freezer.read_text() == "1\n"
+    begin_handover(journals.parent / "containers" / container.id, "reclaimed01")
+    told = two_hosts.cmigrate("host1", "resolve", "reclaimed01").stdout
+    assert f"{line['spec']['name']} runs on here" in told
+    assert freezer.read_text() == "0\n"
+    container.move("precopy", "stream")
 
 
 def test_a_person_may_decide_once_the_other_side_is_fenced(two_hosts: TwoHosts, container: Running) -> None:
