@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from migrate import target_machine
-from migrate.errors import ContainerLost, describe
 from migrate.journal import RELEASING, Journal, MoveJournal, boot_id, close_journal, read_one
+from migrate.losses import report_loss_of
 from migrate.postcopy_target import DEATH_RECORD, MISSING_MARK
-from migrate.report import MoveReport, Outcome, ReportedError
-from migrate.reports import ReportStore
 from migrate.waiting import door_of
 from runtime.api import Status
 from runtime.container import Containers
@@ -116,7 +114,7 @@ def _settle_committed(host: HostConfig, journal: MoveJournal) -> list[str]:
     if _whole(host, container_id) == "lost":
         source = str(journal.records[0].details.get("source", ""))
         why = str(_death(containers.store.directory(container_id)).get("what", "the agent died"))
-        report_loss(host, journal, container.name, source=source, target=host.name, why=why)
+        report_loss_of(host, journal, container.name, source=source, target=host.name, why=why)
         return [f"move {journal.move_id}: {container.name} was lost, for its memory did not all arrive"]
     return [f"move {journal.move_id}: {container.name} came here and has ended"]
 
@@ -138,26 +136,6 @@ def _refuse_unrun(host: HostConfig, containers: Containers, journal: MoveJournal
     close_journal(host.journal_dir, journal, target_machine.Phase.REFUSED)
     undo_reservation(host, journal)
     return [f"move {journal.move_id} into this host was broken off before anything ran: undone"]
-
-
-def report_loss(host: HostConfig, journal: MoveJournal, name: str, *, source: str, target: str, why: str) -> None:
-    """Nobody lived who could tell it."""
-    first = journal.records[0]
-    told = describe(ContainerLost.because(RuntimeFault(why)))
-    ReportStore(host).try_to_save(
-        MoveReport(
-            id=journal.move_id,
-            container=name,
-            source=source,
-            target=target,
-            mode=str(first.details.get("mode", "")),
-            transport="",
-            outcome=Outcome.LOST,
-            started_at=first.at,
-            total_ms=0.0,
-            error=ReportedError(code=told.code, what=told.what, hint=told.hint),
-        )
-    )
 
 
 def undo_refused(host: HostConfig, journal: MoveJournal) -> None:

@@ -10,12 +10,13 @@ import shutil
 from collections.abc import Sequence
 
 from migrate import machine
-from migrate.arrivals import at_work, report_loss, settle_arrival, undo_refused
+from migrate.arrivals import at_work, settle_arrival, undo_refused
 from migrate.asking import ask
 from migrate.errors import MigrateError
 from migrate.giving_back import finish
 from migrate.journal import MoveJournal, close_journal, read_all
 from migrate.kept_copy import settle_kept
+from migrate.losses import report_loss_of
 from runtime.api import Container, Status
 from runtime.container import Containers
 from runtime.criu.dump import wake_after_dead_dump
@@ -160,7 +161,7 @@ def _settle_doubt(
         drop_copy(containers, container.id)
         close_journal(host.journal_dir, journal, machine.Phase.DONE)
         if state == "lost":
-            report_loss(host, journal, name, source=host.name, target=target, why="the mover on the source died")
+            report_loss_of(host, journal, name, source=host.name, target=target, why="the mover on the source died")
         what = "runs on" if state == "running" else "was lost, for its memory did not all arrive; its files are on"
         return f"move {journal.move_id}: {name} {what} {target}"
     if state == "refused":

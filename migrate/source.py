@@ -32,6 +32,7 @@ from migrate.precopy import Budget
 from migrate.reconnect import Line
 from migrate.rounds import Rounds, rounds_of, untracked_warning
 from migrate.shared_source import SharedSource
+from migrate.trees_source import SourceTrees
 from migrate.verify_source import send_hashes
 from runtime.api import Container
 from runtime.connections import TcpPolicy
@@ -44,7 +45,6 @@ from runtime.errors import CriuFailed
 from runtime.host import HostConfig
 from runtime.memory.tracker import make_tracker
 from runtime.memory.tracker_still import StillTracker
-from runtime.tree import SentContent, Snapshot, compare, mapped_inodes, scan
 from runtime.workdir import WorkDirectory
 from transport.api import Deadline, TransportError
 
@@ -94,11 +94,10 @@ class SourceMove:
         self._work = WorkDirectory(host.state_dir / "moves" / move_id if mode == "stopcopy" else None)
         self.out = self._out = Outgoing(line.session.channel, lambda: Deadline.after(IDLE_TIMEOUT_S), pace)
         self._dump = HeldDump(self._containers, container, criu, self._work.path, tcp=tcp)
-        self._trees = open_tree_roots(self._containers, container, self._closing)
         self._log = self._containers.store.directory(container.id) / "log.jsonl"
-        self._snapshots: list[Snapshot | None] = [None] * len(self._trees)
-        self._sent = [SentContent() for _tree in self._trees]
         self._cgroup = self._containers.cgroup(container.id)
+        roots = open_tree_roots(self._containers, container, self._closing)
+        self._trees = SourceTrees(roots, self._out, self._cgroup.pids)
         self._pages: PageThread | None = None
         self._live: LiveMemory | None = None
         self.shared: SharedSource | None = None
@@ -292,8 +291,7 @@ class SourceMove:
 
     def _copy(self) -> None:
         """Files go over while the container runs, and memory with pre-copy; only what changes meanwhile goes again."""
-        for number in range(len(self._trees)):
-            self._send_tree(number)
+        self._trees.send()
         self._out.log(self._log)
         if self._live is not None and self._mode != "diskless":
             self._mark("rounds")
@@ -311,14 +309,6 @@ class SourceMove:
             live.keep_back = True
         if warning := untracked_warning(live.facts().untracked):
             self._observer.on_event(warning)
-
-    def _send_tree(self, number: int) -> None:
-        root, before, sent = self._trees[number], self._snapshots[number], self._sent[number]
-        snapshot = scan(root, previous=before, settle=before is None)
-        # Times do not tell of stores through shared mappings: on a tmpfs never, elsewhere not of every one.
-        always = snapshot.file_inodes() if number else mapped_inodes(self._cgroup.pids(), snapshot)
-        self._out.tree(number, root, compare(before, snapshot, always=always, sent=sent), sent)
-        self._snapshots[number] = snapshot
 
     def _freeze_and_dump(self) -> None:
         self._out.pace.lift()
@@ -362,8 +352,7 @@ class SourceMove:
             self._mark("hash")
             send_hashes(self._out, self._cgroup.pids(), self._work.path)
         self._mark("send")
-        for number in range(len(self._trees)):
-            self._send_tree(number)
+        self._trees.send()
         self._out.images(self._work.path)
         if self._live is not None and self._live.keep_back:
             self.kept = self._closing.enter_context(contextlib.closing(KeptMemory(self._out, self._live)))

@@ -17,11 +17,11 @@ from migrate.causes import target_event_of
 from migrate.errors import ContainerLost, MoveRefused, describe
 from migrate.incoming import Incoming
 from migrate.journal import COMPLETE, RELEASING, Journal, boot_id
+from migrate.losses import report_loss
 from migrate.memory_target import NoPages, PageSink, StorePages
 from migrate.messages_kept import Keeping
 from migrate.packing import WAYS
 from migrate.postcopy_target import DEATH_RECORD, MISSING_MARK, RemoteFeed
-from migrate.report import MoveReport, Outcome, ReportedError
 from migrate.reports import ReportStore
 from migrate.session import Asked, package_version
 from migrate.shared_target import SharedTarget
@@ -374,19 +374,16 @@ class TargetMove:
     def _report_loss(self, error: PagerDied) -> ContainerLost:
         """The source may be gone: what became of the container must be told here."""
         lost = ContainerLost.because(error)
-        ReportStore(self._host).try_to_save(
-            MoveReport(
-                id=self._offer.move_id,
-                container=self._spec.name,
-                source=self._asked.peer_hello.host,
-                target=self._host.name,
-                mode=self._offer.mode,
-                transport=self._asked.channel.peer.transport,
-                outcome=Outcome.LOST,
-                started_at=self._begun_at,
-                total_ms=0.0,
-                error=ReportedError(code="lost", what=lost.what, hint=lost.hint),
-            )
+        report_loss(
+            self._host,
+            lost,
+            move_id=self._offer.move_id,
+            container=self._spec.name,
+            source=self._asked.peer_hello.host,
+            target=self._host.name,
+            mode=self._offer.mode,
+            started_at=self._begun_at,
+            transport=self._asked.channel.peer.transport,
         )
         return lost
 

@@ -34,7 +34,7 @@ MIGRATE_LAYERS = (
     ("links", "survey"),
     ("direct",),
     ("session",),
-    ("preflight", "departure", "filtering"),
+    ("preflight", "departure", "filtering", "losses"),
     ("rounds", "postcopy_source", "postcopy_target", "leaving"),
     (
         "inventory",
@@ -49,6 +49,7 @@ MIGRATE_LAYERS = (
         "guards",
         "causes",
         "probing",
+        "trees_source",
     ),
     ("verify_source", "verify_target", "shared_target"),
     ("shared_source",),
