@@ -35,11 +35,17 @@ def ask(host: HostConfig, target: str, move_id: str, epoch: int, timeout_s: floa
     return answer.state
 
 
-def discard(session: Session, move_id: str, epoch: int, *, wait: bool) -> None:
+def discard(host: HostConfig, session: Session, move_id: str, epoch: int, *, wait: bool) -> None:
     """Tell the target that it is off. ``wait`` until it has undone it, or is gone, or has had time enough."""
     message = messages.Discard(move_id=move_id, epoch=epoch, why="the move was called off")
-    with contextlib.suppress(TransportError):
+    try:
         session.channel.send(Frame.control(message.to_message()), deadline=Deadline.after(DISCARD_TIMEOUT_S))
+    except TransportError:
+        # It broke, or has half a frame on it: the target would wait for us to come back. Who asks does not.
+        with contextlib.suppress(TransportError, MigrateError, RuntimeFault):
+            ask(host, session.entry.name, move_id, epoch, timeout_s=UNDO_TIMEOUT_S)
+        return
+    with contextlib.suppress(TransportError):
         if not wait:
             return
         deadline = Deadline.after(UNDO_TIMEOUT_S)

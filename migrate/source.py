@@ -272,7 +272,7 @@ class SourceMove:
 
     def _send_discard(self) -> None:
         wait = self._dump.was_frozen and not self._given_up
-        discard(self._session, self._move_id, FIRST_EPOCH, wait=wait)
+        discard(self._host, self._session, self._move_id, FIRST_EPOCH, wait=wait)
         self._dump.announce()
 
     def _send_done(self) -> None:

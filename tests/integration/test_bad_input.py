@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from migrate.serve import SESSION_COMM
-from tests.support.lab import HOSTS, TOP, Running, TwoHosts, nothing_left_on
+from tests.support.lab import HOSTS, TOP, Running, TwoHosts, nothing_left_on, slow_link
 from tests.support.services import Memory
 
 NOT_FOUND, REFUSED, ROLLED_BACK, CONNECTION, NO_ROOM, INTERRUPTED = 3, 4, 5, 7, 9, 130
@@ -302,6 +302,17 @@ def test_ctrl_c_leaves_the_container_on_the_source(two_hosts: TwoHosts, moment: 
             done = finish(going)
         assert done.returncode == INTERRUPTED, f"{done.returncode}: {done.stdout}{done.stderr}"
         assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_with_half_a_frame_on_the_link_does_not_leave_the_target_waiting(two_hosts: TwoHosts) -> None:
+    # Nothing can be said on that link any more, and a target whose link breaks waits for the source to come back.
+    with serving(two_hosts) as container, slow_link(two_hosts, "host1", 2):
+        container.exec("sh", "-c", "head -c 200000000 /dev/urandom >/var/tmp/large")
+        with started_move(two_hosts, "diskless", "stream") as going:
+            wait_for(lambda: has_arrived(two_hosts, container.id), going)
+            time.sleep(1.0)
+            os.killpg(going.pid, signal.SIGINT)
+            assert finish(going).returncode == INTERRUPTED
 
 
 @pytest.mark.parametrize(("moment", "mode", "transport"), CASES)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from migrate.lab.lab import Lab
+from migrate.lab.plan import UPLINK, parse_rate, shaping
 from runtime.host import HostConfig, load_host_config
 from tests.support.netns import in_netns
 from tests.support.services import Service
@@ -260,6 +261,17 @@ def nothing_left_on(hosts: TwoHosts, *names: str) -> Iterator[None]:
     before = {name: hosts.picture(name) for name in names}
     yield
     within_grace(lambda: [f"{name}: {item}" for name in names for item in changes(before[name], hosts.picture(name))])
+
+
+@contextmanager
+def slow_link(hosts: TwoHosts, host: str, mib_per_s: float) -> Iterator[None]:
+    """What leaves ``host`` is limited."""
+    rate = parse_rate(f"{mib_per_s * 8 * 1.048576:g}mbit")
+    hosts.lab.exec(host, ["tc", "-batch", "-"], input=shaping([UPLINK], rate), text=True, check=True)
+    try:
+        yield
+    finally:
+        hosts.lab.exec(host, ["tc", "qdisc", "del", "dev", UPLINK, "root"], check=True)
 
 
 @contextmanager
