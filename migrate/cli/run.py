@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ PASS_ON = {"allow_interspersed_args": False}
 EXIT_CMIGRATE = 125
 """As docker: our own failure, where every other number may be the program's."""
 EXIT_SIGPIPE = 128 + signal.SIGPIPE
+REMOVED_WAIT_S, REMOVED_POLL_S = 10.0, 0.02
 
 RUN_OPTIONS = (
     click.option("-d", "--detach", is_flag=True, help="Do not wait; print the container's id."),
@@ -119,7 +121,21 @@ def run_command(command: tuple[str, ...], detach: bool, **options: Any) -> int:
             return 0
         with ExitStack() as attached:
             container = containers.run(spec, before_start=lambda new: attached.enter_context(containers.attached(new)))
-            return attend(containers, container)
+            code = attend(containers, container)
+        if spec.auto_remove:
+            until_removed(containers, container.id)
+        return code
+
+
+def until_removed(containers: Containers, container_id: str) -> None:
+    """Until what --rm promises has been done, so that the name is free; it is not waited for long."""
+    from runtime.api import Status
+    from runtime.errors import NotFound
+
+    deadline = time.monotonic() + REMOVED_WAIT_S
+    with suppress(NotFound):
+        while containers.get(container_id).state.status is Status.EXITED and time.monotonic() < deadline:
+            time.sleep(REMOVED_POLL_S)
 
 
 @contextmanager
