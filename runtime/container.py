@@ -20,7 +20,7 @@ from pathlib import Path
 
 from runtime.api import Container, ContainerSpec, ContainerState, Status
 from runtime.cgroup import CgroupLayout, CgroupStats, ContainerCgroup
-from runtime.errors import Busy, NotFound, RuntimeFault, WrongState
+from runtime.errors import Busy, NoRoom, NotFound, RuntimeFault, WrongState
 from runtime.forwarding import forward_ports
 from runtime.handover import must_be_ours_to_start
 from runtime.host import HostConfig
@@ -233,7 +233,8 @@ class Containers:
             if container.state.status in (Status.RUNNING, Status.PAUSED):
                 if not force:
                     raise WrongState(f"container {container.name} runs", hint="stop it first, or give --force")
-                self._note_user_stop(container)
+                with contextlib.suppress(NoRoom):  # what makes room must not need any
+                    self._note_user_stop(container)
                 self.cgroup(container.id).kill()
                 self._wait_gone(container, KILL_WAIT_S)
             self.clean_up(container.id)
@@ -315,7 +316,8 @@ class Containers:
             raise WrongState(f"container {container.name} is {container.state.status}")
 
     def _note_user_stop(self, container: Container) -> None:
-        self.store.write_state(container.id, dataclasses.replace(container.state, stopped_by_user=True))
+        if container.spec.restart.name != "no":  # else nothing would start it
+            self.store.write_state(container.id, dataclasses.replace(container.state, stopped_by_user=True))
 
     def _wait_gone(self, container: Container, timeout_s: float) -> bool:
         """Until the first process is gone and its monitor has recorded the exit."""

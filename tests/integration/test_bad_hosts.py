@@ -58,8 +58,21 @@ def fill(hosts: TwoHosts, directory: str, pages_left: int) -> None:
     hosts.lab.exec("host1", ["sh", "-c", FILL, "fill", directory, str(pages_left)], check=True)
 
 
+def test_what_makes_room_needs_none(two_hosts: TwoHosts) -> None:
+    with small_source(two_hosts) as state, nothing_left_on(two_hosts, *HOSTS):
+        names = ("stopped", "removed", "restarting")
+        for name in names:
+            policy = ("--restart", "always") if name == "restarting" else ()
+            two_hosts.cmigrate("host1", "run", "-d", "--name", name, *policy, "--rootfs", "host", "--", "sleep", "1000")
+        fill(two_hosts, state, 0)
+        two_hosts.cmigrate("host1", "stop", "--time", "1", "stopped")
+        two_hosts.cmigrate("host1", "rm", "-f", *names)
+        assert not two_hosts.lines("host1", "ps", "-a", "--json")
+        two_hosts.lab.exec("host1", ["rm", f"{state}/filler"], check=True)
+
+
 def test_a_source_without_room_is_told_and_one_that_runs_out_of_it_moves_all_the_same(two_hosts: TwoHosts) -> None:
-    # A journal takes two pages when a move begins; what it decides later needs no more.
+    # A journal takes two pages when a move begins, the mark before the freeze one; what is decided later needs no more.
     words = ("stays", "--to", "host2", "--mode", "diskless", "--transport", "stream")
     with small_source(two_hosts) as state, nothing_left_on(two_hosts, *HOSTS):
         two_hosts.cmigrate("host1", "run", "-d", "--name", "stays", "--rootfs", "host", "--", "sleep", "1000")
@@ -68,7 +81,7 @@ def test_a_source_without_room_is_told_and_one_that_runs_out_of_it_moves_all_the
             must_fail(move(two_hosts, *words), NO_ROOM, "the disk is full", state, "hint: ")
             assert [line["status"] for line in two_hosts.lines("host1", "ps", "--json")] == ["running"]
             # Only what is kept about it is lost, and that is said.
-            fill(two_hosts, state, 2)
+            fill(two_hosts, state, 3)
             done = move(two_hosts, *words)
             assert done.returncode == 0, done.stderr
             assert "could not be" in done.stderr
