@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.lab import TwoHosts, nothing_left_on
+from tests.support.lab import TwoHosts, nothing_left_on, slow_link
 
 # Writes all of its 48 MiB again and again, about 100 MiB a second.
 WRITER = """
@@ -21,11 +21,9 @@ while True:
     word += 1
     time.sleep(0.01)
 """
-SLOW = (
-    # On a lab's link its memory takes 20 ms and more beside what every blackout takes.
-    *("--mode", "precopy", "--transport", "stream", "--downtime-limit", "100"),
-    *("--bandwidth", "32m", "--compress", "none"),
-)
+# All of it takes 1.5 s on the writer's link: far more than the limit, which is far more than every blackout takes.
+LINK_MIB_S = 32
+SLOW = ("--mode", "precopy", "--transport", "stream", "--downtime-limit", "400", "--compress", "none")
 # Less than CRIU needs for an empty process: no number of rounds gets there.
 HOPELESS = ("--downtime-limit", "30")
 
@@ -33,7 +31,7 @@ HOPELESS = ("--downtime-limit", "30")
 @pytest.fixture
 def writer(two_hosts: TwoHosts) -> Iterator[TwoHosts]:
     program = os.path.realpath("/usr/bin/python3")
-    with nothing_left_on(two_hosts, "host1", "host2"):
+    with nothing_left_on(two_hosts, "host1", "host2"), slow_link(two_hosts, "host1", LINK_MIB_S):
         two_hosts.cmigrate(
             "host1", "run", "-d", "--name", "w", "--cpus", "1.5", "--rootfs", "host", "--", program, "-c", WRITER
         )
