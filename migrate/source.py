@@ -23,12 +23,13 @@ from migrate.leaving import Leaving
 from migrate.machine import JOURNALED, Action, Event, Phase, step
 from migrate.memory_source import DifferenceSender, LiveMemory, PageThread
 from migrate.messages_kept import Keeping
-from migrate.observe import Held, PhaseEnded, PhaseStarted, Warning
+from migrate.observe import Held, PhaseEnded, PhaseStarted
 from migrate.outgoing import Outgoing, Pace
 from migrate.phases import PhaseClock
 from migrate.plan import NEED_CONSENT
 from migrate.postcopy_source import KeptMemory
 from migrate.precopy import Budget
+from migrate.queues import tell_what_is_lost
 from migrate.reconnect import Line
 from migrate.rounds import Rounds, rounds_of, untracked_warning
 from migrate.shared_source import SharedSource
@@ -319,9 +320,6 @@ class SourceMove:
         self.closed = self._dump.close_lost()  # while the target gets ready to hold frames
         self._hear(messages.Holding)
         self._dump.cut_off()
-        if self._dump.unaccepted:
-            what = f"{self._dump.unaccepted} connections wait to be accepted by the container, which does not: they end"
-            self._observer.on_event(Warning(what=what))
         if self._live is None or self._pages is None:
             self._mark("dump")
             self._dump.dump()
@@ -348,6 +346,7 @@ class SourceMove:
         live.copy_frozen()
 
     def _send_state(self) -> None:
+        tell_what_is_lost(self._dump, self._observer)
         if self._verify:
             self._mark("hash")
             send_hashes(self._out, self._cgroup.pids(), self._work.path)

@@ -7,6 +7,7 @@ import struct
 
 from runtime.address import host_address
 from runtime.api import NetworkSpec
+from runtime.checksum import checksum
 from runtime.errors import BadInput
 
 # linux/if_ether.h, linux/if_arp.h, linux/icmpv6.h, linux/in6.h
@@ -52,17 +53,9 @@ def neighbour_advertisement(network: NetworkSpec) -> bytes:
     body = struct.pack("!BBHI", _ADVERTISEMENT, 0, 0, _OVERRIDE) + address
     body += struct.pack("!BB", _TARGET_LINK_ADDRESS, 1) + mac
     pseudo = address + _ALL_NODES + struct.pack("!II", len(body), _ICMPV6)
-    body = body[:2] + struct.pack("!H", _checksum(pseudo + body)) + body[4:]
+    body = body[:2] + struct.pack("!H", checksum(pseudo + body)) + body[4:]
     header = struct.pack("!IHBB", 6 << 28, len(body), _ICMPV6, 255) + address + _ALL_NODES
     return _ALL_NODES_MAC + mac + struct.pack("!H", ETH_P_IPV6) + header + body
-
-
-def _checksum(data: bytes) -> int:
-    """The Internet checksum (RFC 1071) of an even number of bytes."""
-    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
 
 
 def solicited_mac(network: NetworkSpec) -> bytes:

@@ -4,6 +4,7 @@ redis: redis-benchmark with 50 connections, and a probe that counts with INCR on
 http:  nginx, four kept connections that ask every 5 ms, and a probe that asks each millisecond on one more
 udp:   an echo, and a probe that sends a datagram each millisecond
 flow:  one connection that carries all it can, as iperf3's, and a probe on an echo beside it
+ssh:   a login through a published port that stays open and is asked after each move, and a probe on an echo through it
 
 {"type": "move", "load", "number", "mode", "blackout_ms", "gap_ms", "over_ms", "failed", "resets"}   for each move
 {"type": "load", "load", "moves", "over_ms": {"median", "p99", "worst"}, "failed", "resets", "broken"}   at the end
@@ -24,11 +25,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import RuntimeFault
+from scripts.netbench_ssh import TUNNEL, Ssh, login
 from tests.support.lab import Probe, Running, TwoHosts, disk_directory, lab_of_two_hosts
+from tests.support.routed import hosts_as_gateways
 from tests.support.services import Nginx, Redis, Service, until_ready
 
 SETTLE_S = 0.5
@@ -117,17 +121,17 @@ def endless(hosts: TwoHosts, argv: list[str]) -> Iterator[Callable[[], int]]:
         process.wait(10)
 
 
-def benchmark(hosts: TwoHosts, container: Running) -> AbstractContextManager[Callable[[], int]]:
+def benchmark(hosts: TwoHosts, container: Running, _service: Service) -> AbstractContextManager[Callable[[], int]]:
     argv = ["redis-benchmark", "-h", container.address, "-c", str(CONNECTIONS), "-n", "1000000000", "-t", "get", "-q"]
     return endless(hosts, argv)
 
 
-def flow(hosts: TwoHosts, container: Running) -> AbstractContextManager[Callable[[], int]]:
+def flow(hosts: TwoHosts, container: Running, _service: Service) -> AbstractContextManager[Callable[[], int]]:
     return endless(hosts, ["/usr/bin/python3", "-c", SEND, container.address])
 
 
 @contextmanager
-def kept_connections(hosts: TwoHosts, container: Running) -> Iterator[Callable[[], int]]:
+def kept_connections(hosts: TwoHosts, container: Running, _service: Service) -> Iterator[Callable[[], int]]:
     address = f"{container.address}:8080"
     probes = [Probe(hosts.lab, "http", address, "--path", "/ping", "--interval-ms", "5") for _ in range(HTTP_CLIENTS)]
     try:
@@ -138,30 +142,43 @@ def kept_connections(hosts: TwoHosts, container: Running) -> Iterator[Callable[[
 
 
 @contextmanager
-def no_more(_hosts: TwoHosts, _container: Running) -> Iterator[Callable[[], int]]:
+def no_more(_hosts: TwoHosts, _container: Running, _service: Service) -> Iterator[Callable[[], int]]:
     yield lambda: 0
 
 
-LOADS: dict[str, tuple[Callable[[], Service], Any, tuple[str, ...]]] = {
-    "redis": (Redis, benchmark, ("redis", "6379")),
-    "http": (Nginx, kept_connections, ("http", "8080", "--path", "/ping")),
-    "udp": (Echo, no_more, ("udp", "8001")),
-    "flow": (Flow, flow, ("echo", "8001")),
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """``clients`` run beside the probe; the answer is how many of them lost a connection. ``probe``: its kind, port in
+    the container or address, options. ``world`` is how the hosts are connected meanwhile."""
+
+    service: Callable[[], Service]
+    clients: Callable[[TwoHosts, Running, Any], AbstractContextManager[Callable[[], int]]]
+    probe: tuple[str, ...]
+    world: Callable[[TwoHosts], AbstractContextManager[None]] = lambda _hosts: nullcontext()
+
+
+LOADS = {
+    "redis": Load(service=Redis, clients=benchmark, probe=("redis", "6379")),
+    "http": Load(service=Nginx, clients=kept_connections, probe=("http", "8080", "--path", "/ping")),
+    "udp": Load(service=Echo, clients=no_more, probe=("udp", "8001")),
+    "flow": Load(service=Flow, clients=flow, probe=("echo", "8001")),
+    "ssh": Load(service=Ssh, clients=login, probe=("echo", TUNNEL), world=hosts_as_gateways),
 }
 
 
 def measure(hosts: TwoHosts, load: str, *, moves: int, modes: list[str], transport: str, tell: Tell) -> dict[str, Any]:
     """Move a service so often under its load, the modes in turn; what ``tell`` gets for each move, and the summary."""
-    make, generator, (kind, port, *words) = LOADS[load]
-    service = make()
+    kind, port, *words = LOADS[load].probe
     lines: list[dict[str, Any]] = []
     broken = 0
     with ExitStack() as undo:
+        undo.enter_context(LOADS[load].world(hosts))
+        service = LOADS[load].service()
         container = hosts.run(service)
         undo.callback(container.remove)
         undo.callback(service.close)
-        count_broken = undo.enter_context(generator(hosts, container))
-        probe = Probe(hosts.lab, kind, f"{container.address}:{port}", *words)
+        count_broken = undo.enter_context(LOADS[load].clients(hosts, container, service))
+        probe = Probe(hosts.lab, kind, port if ":" in port else f"{container.address}:{port}", *words)
         undo.callback(probe.end)
         time.sleep(SETTLE_S)
         for number in range(1, moves + 1):

@@ -27,6 +27,7 @@ from runtime.criu.filter.table import PageFilter
 from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, dump_request, external_mounts
 from runtime.criu.rpc import CriuSession
+from runtime.datagrams import FILE, to_file
 from runtime.errors import CriuFailed, RuntimeFault
 from runtime.handover import begin_handover, end_handover
 from runtime.linux.rcu import ExpeditedGracePeriods
@@ -37,6 +38,7 @@ from runtime.network import ContainerNetwork, in_network_namespace
 from runtime.networks import host_for
 from runtime.nft import remove_criu_tables
 from runtime.sandbox.launch import ask_monitor
+from runtime.udp_queues import UdpQueues, Waiting
 from runtime.wire import drop_toward
 
 PREPARE_TIMEOUT_S = 30.0
@@ -73,6 +75,7 @@ class HeldDump:
         self._session: CriuSession | None = None
         self._filter: PageFilter | None = None
         self._tcp_table: TcpTable | None = None
+        self._udp: UdpQueues | None = None
         self._grace_periods = ExpeditedGracePeriods(containers.host.run_dir)
         self._frozen = False
         self._hands_over = False
@@ -82,6 +85,8 @@ class HeldDump:
         """Address -> MAC, as of the last ``look_ahead``."""
         self.unaccepted = 0
         """Connections that nobody accepted until the end: they will be reset."""
+        self.waiting = Waiting()
+        """After ``dump``: datagrams that its UDP sockets held. They are among the images."""
         self._tcp = tcp
         self._closer: ConnectionCloser | None = None
         self.marks: dict[str, float] = {}
@@ -102,6 +107,7 @@ class HeldDump:
             self._network.look_up()
             self._network.open_inside(state.init_pid, self.container.spec.network)
         self._tcp_table = in_network_namespace(state.init_pid, TcpTable)
+        self._udp = UdpQueues(state.init_pid, self._cgroup.pids, self.container.spec.network)
         self._closer = ConnectionCloser(self._containers.host, self.container, self._tcp)
         status = ask_monitor(self._containers.host, self.container.id, "status")
         self.pipes = (status["pipes"][0], status["pipes"][1])
@@ -206,12 +212,19 @@ class HeldDump:
         if before_walk is not None:
             before_walk()
             self.marks["scanned"] = time.monotonic()
+        self._keep_datagrams()  # not while CRIU looks at the same sockets
         session.acknowledge()
         self._advance_to("post-dump", DUMP_TIMEOUT_S)
         self.marks["dumped"] = time.monotonic()
         # CRIU thawed the group after seizing its tasks. From now on nothing runs, whoever dies.
         self._cgroup.freeze(FREEZE_TIMEOUT_S)
         self.marks["held"] = time.monotonic()
+
+    def _keep_datagrams(self) -> None:
+        assert self._udp is not None
+        self.waiting = self._udp.read()
+        if self.waiting.datagrams:
+            (self.images / FILE).write_bytes(to_file(self.waiting.datagrams))
 
     def finish(self) -> None:
         """Kill the held copy: the container lives elsewhere now. Its end is not recorded as an exit."""
@@ -279,6 +292,8 @@ class HeldDump:
             self._session = None
         if self._tcp_table is not None:
             self._tcp_table.close()
+        if self._udp is not None:
+            self._udp.close()
         self._grace_periods.end()
         if self._closer is not None:
             self._closer.close()

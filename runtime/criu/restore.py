@@ -33,6 +33,7 @@ from runtime.neighbours import NeighbourTable
 from runtime.network import ContainerNetwork, ensure_bridge
 from runtime.networks import host_for
 from runtime.packets import PacketHold
+from runtime.redelivery import Redelivery
 from runtime.sandbox.charger import Charger
 from runtime.sandbox.launch import MonitorLaunch, SandboxOrders
 from runtime.wayback import lead_back
@@ -59,6 +60,7 @@ class HeldRestore:
         self._host = host_for(containers.host, spec.network)
         self._network = ContainerNetwork(self._host, spec.id)
         self._hold: PacketHold | None = None
+        self._redelivery = Redelivery(spec.id, spec.network)
         self._grace_periods = ExpeditedGracePeriods(containers.host.run_dir)
         self._table: NeighbourTable | None = None
         self.neighbours: Mapping[str, str] = {}
@@ -191,9 +193,10 @@ class HeldRestore:
             lazy=lazy,
         )
         self._session.send(request)
+        # While CRIU works.
         if self._table is not None:
-            # While CRIU works.
             self._table.get_ready(self.neighbours)
+        self._redelivery.get_ready(self._images)
         while True:
             event = self._session.next_event(RESTORE_TIMEOUT_S)
             if event.type != rpc.NOTIFY:
@@ -211,6 +214,7 @@ class HeldRestore:
         # The bridge must not know the address here yet: an empty namespace would answer peers with a reset.
         if self.spec.network is not None:
             self._network.attach(self._init_pid, self.spec.network, connect=False)
+        self._redelivery.open_inside(self._init_pid)
 
     def release(
         self, *, started_at: str = "", restarts: int = 0, before_run: Callable[[], object] = lambda: None
@@ -230,6 +234,8 @@ class HeldRestore:
             event = self._session.next_event(RELEASE_TIMEOUT_S)
             if event.type != rpc.NOTIFY:
                 break
+            if event.notify.script == "pre-resume":
+                self._redelivery.deliver()
             if event.notify.script == "pre-resume" and self.spec.network is not None:
                 self._network.connect()
                 self._network.announce(1)
@@ -296,6 +302,7 @@ class HeldRestore:
     def _close_network(self) -> None:
         self.close_memory_files()
         self._network.close()
+        self._redelivery.close()
         if self._wire is not None:
             self._wire.close()
             self._wire = None

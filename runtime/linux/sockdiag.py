@@ -12,7 +12,8 @@ from pyroute2.netlink import NETLINK_SOCK_DIAG, NLM_F_ACK, NLM_F_REQUEST, NLMSG_
 from pyroute2.netlink.diag import SOCK_DESTROY, UDIAG_SHOW_PEER, DiagSocket, inet_diag_req
 
 from runtime.errors import KernelCallFailed, MissingFeature
-from runtime.linux.tcp_table import Address, TcpConnection
+from runtime.linux.inet_diag import Address
+from runtime.linux.tcp_table import TcpConnection
 
 # Every state: the mask has one bit for each, as in linux/sock_diag.h.
 ALL_STATES = 0xFFFFFFFF

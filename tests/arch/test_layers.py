@@ -35,7 +35,7 @@ MIGRATE_LAYERS = (
     ("direct",),
     ("session",),
     ("preflight", "departure", "filtering", "losses"),
-    ("rounds", "postcopy_source", "postcopy_target", "leaving"),
+    ("rounds", "postcopy_source", "postcopy_target", "leaving", "queues"),
     (
         "inventory",
         "journal",

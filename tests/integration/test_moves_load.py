@@ -16,5 +16,5 @@ def test_under_load_no_connection_breaks_and_no_request_fails(two_hosts: TwoHost
     with nothing_left_on(two_hosts, *HOSTS):
         seen = measure(two_hosts, load, moves=2, modes=["diskless", "precopy"], transport="stream", tell=lines.append)
     assert (seen["moves"], seen["resets"], seen["broken"]) == (2, 0, 0), lines
-    # CRIU does not dump datagrams that wait in a socket.
+    # What is held during a long blackout may be more than a socket's buffer takes at once.
     assert seen["failed"] <= (0 if load != "udp" else 300), lines

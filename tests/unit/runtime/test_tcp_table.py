@@ -7,7 +7,8 @@ import struct
 import pytest
 
 from runtime.errors import KernelCallFailed
-from runtime.linux.tcp_table import NLMSG_ERROR, TcpTable, parse_listeners
+from runtime.linux.inet_diag import NLMSG_ERROR
+from runtime.linux.tcp_table import TcpTable, parse_listeners
 
 
 @pytest.mark.parametrize(
