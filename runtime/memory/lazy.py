@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
+# One inode for the whole machine; a file of /proc is another one in each PID namespace.
+DEVICE = Path("/dev/userfaultfd")
 # A judgement: there is little to gain below, and memory that is all there needs no pager (docs/adr/0011).
 EAGER_BELOW_BYTES = 32 << 20
 # struct flock: type, whence, start, length, pid
@@ -29,33 +31,29 @@ def eager_is_better(memory_bytes: int, cow_shared_bytes: int) -> bool:
 def lazy_restore_allowed() -> Iterator[None]:
     """While inside, a task in a user namespace of its own may make the userfaultfd a lazy restore needs.
 
-    That is vm.unprivileged_userfaultfd, one switch for the machine. Counted across processes by locks on the switch
-    itself, because hosts of a lab share it and nothing else; the last one out turns it off, if one of us had turned it
-    on. Raises OSError where /proc/sys cannot be written.
+    That is vm.unprivileged_userfaultfd, one switch for the machine. Counted across processes by locks on the device of
+    that name (before Linux 6.1 on the switch itself), because hosts of a lab share it and nothing else; the last one
+    out turns it off, if one of us had turned it on. Raises OSError where /proc/sys cannot be written.
     """
     if not SYSCTL.exists():
         yield  # the kernel has no such restriction
         return
-    fd = os.open(SYSCTL, os.O_RDWR | os.O_CLOEXEC)
+    fd = os.open(DEVICE if DEVICE.exists() else SYSCTL, os.O_RDWR | os.O_CLOEXEC)
     try:
         with _locked(fd):
-            ours = _value(fd) == 0 or _held_by_others(fd, _RAISED)
+            ours = int(SYSCTL.read_text()) == 0 or _held_by_others(fd, _RAISED)
             if ours:
                 _lock(fd, fcntl.F_RDLCK, _RAISED)
-                os.pwrite(fd, b"1", 0)
+                SYSCTL.write_text("1")
         try:
             yield
         finally:
             with _locked(fd):
                 _lock(fd, fcntl.F_UNLCK, _RAISED)
                 if ours and not _held_by_others(fd, _RAISED):
-                    os.pwrite(fd, b"0", 0)
+                    SYSCTL.write_text("0")
     finally:
         os.close(fd)
-
-
-def _value(fd: int) -> int:
-    return int(os.pread(fd, 16, 0))
 
 
 def _lock(fd: int, kind: int, byte: int) -> None:

@@ -34,9 +34,9 @@ def switch_is_off_before_and_after() -> Iterator[None]:
 class Holder:
     """Another process that is inside."""
 
-    def __init__(self) -> None:
+    def __init__(self, *inside: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TOP
+            [*inside, sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TOP
         )
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "in\n"
@@ -62,6 +62,14 @@ def test_the_last_one_out_turns_it_off() -> None:
     with lazy_restore_allowed():
         second.leave()
         assert switch() == 1
+    assert switch() == 0
+
+
+def test_who_is_in_another_pid_namespace_counts() -> None:
+    first, second = Holder(), Holder("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    first.leave()
+    assert switch() == 1
+    second.leave()
     assert switch() == 0
 
 
