@@ -52,6 +52,28 @@ def test_a_running_thread_and_a_child_are_named() -> None:
         child.communicate()
 
 
+def test_a_child_of_another_thread_is_named_too() -> None:
+    before = take_snapshot(whole_host=False)
+    started, stop = threading.Event(), threading.Event()
+    children: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        children.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE))
+        started.set()
+        stop.wait()
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    started.wait()
+    try:
+        found = take_snapshot(whole_host=False).leaked_since(before)
+        assert [line for line in found if line.startswith(f"process: {children[0].pid} ")]
+    finally:
+        stop.set()
+        thread.join()
+        children[0].communicate()
+
+
 def test_a_child_nobody_waited_for_is_a_leak() -> None:
     before = take_snapshot(whole_host=False)
     with subprocess.Popen(["true"], stdout=subprocess.PIPE) as child:

@@ -12,7 +12,8 @@ from migrate.machine import Phase as SPhase
 from migrate.target_machine import Action as T
 from migrate.target_machine import Event as TEvent
 from migrate.target_machine import Phase as TPhase
-from tests.unit.migrate.handover_model import Found, Model, explore
+from tests.unit.migrate.handover_model import Model
+from tests.unit.migrate.handover_walk import Found, explore
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_from_every_state_a_good_end_can_be_reached(found: Found) -> None:
 
 def test_nobody_has_to_be_fenced_for_that_once_it_ran_on_the_target() -> None:
     """A release that fails may leave a doubt that only a person ends; giving back does not."""
-    assert not [w for w in explore(Model(fencing=False)).stuck if w.source in (SPhase.KEEPING, SPhase.RETURNING)]
+    assert not [w for w in explore(Model(fencing=False)).stuck if w.source.phase in (SPhase.KEEPING, SPhase.RETURNING)]
 
 
 def test_every_line_of_both_tables_happens_but_those_known_not_to(found: Found) -> None:
