@@ -75,17 +75,30 @@ def dismiss_waiting(host: HostConfig, container_id: str, *, if_waiting: bool, so
 
 
 def answer_ask(asked: Asked, message: Mapping[str, Any]) -> None:
-    """A source in doubt asks where its move stands here. One that asks before the freeze will not go on with it."""
+    """A source in doubt asks where its move stands here. One that asks before the freeze will not go on with it, nor
+    with a fill after the switch, which it would else have come back to: the mover that had the memory is dead, or has
+    waited long enough."""
     question = messages.Ask.parse(message)
-    dismiss(asked.host.run_dir, question.move_id, "the source has given it up", if_waiting=False)
+    if _may_give_up(asked, question.move_id):
+        dismiss(asked.host.run_dir, question.move_id, "the source has given it up", if_waiting=False)
     state = _settled(asked.host, question.move_id, question.epoch)
     asked.answer(messages.Answer(move_id=question.move_id, epoch=question.epoch, state=state).to_message())
 
 
-def answer_resume(asked: Asked, message: Mapping[str, Any]) -> None:
-    """A source whose link broke before the freeze: this connection goes to the session that holds its move.
+def _may_give_up(asked: Asked, move_id: str) -> bool:
+    """From COMMIT on that would end the container, and only the host that has its memory may say so."""
+    journal = read_one(asked.host.journal_dir, move_id, "target")
+    if journal is None or not journal.reached("COMMIT_LOGGED"):
+        return True
+    return journal.records[0].details.get("source") == asked.peer_hello.host
 
-    Raises HandedOver then, and ChannelClosed. Where none does any more, what it left is undone, and the source told so.
+
+def answer_resume(asked: Asked, message: Mapping[str, Any]) -> None:
+    """A source whose link broke before the freeze, or in a fill after the switch: this connection goes to the session
+    that holds its move.
+
+    Raises HandedOver then, and ChannelClosed. Where none does any more, what it left is undone, and the source told so;
+    after COMMIT it is told where the move stands.
     """
     question = messages.Resume.parse(message)
     handed = hand_over(asked.host.run_dir, question.move_id, asked.channel)
@@ -96,6 +109,8 @@ def answer_resume(asked: Asked, message: Mapping[str, Any]) -> None:
     if state == "refused":
         why = f"what {name} had of it is gone"
         asked.answer(messages.Refused(move_id=move_id, epoch=question.epoch, why=why).to_message())
+    elif state != "held":
+        asked.answer(messages.Answer(move_id=move_id, epoch=question.epoch, state=state).to_message())
     else:
         error = MoveRefused(f"move {move_id} can not go on where it was: on {name} it is {state}")
         asked.answer(messages.Error.of(error).to_message())

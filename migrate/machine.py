@@ -67,9 +67,10 @@ class Event(StrEnum):
     FAULT = "fault"
     """CRIU, the kernel or the disk failed here."""
     LINK_BROKE = "link-broke"
-    """Before the freeze, and it is to be brought back: reconnect.py. LINK_LOST when it does not come back."""
+    """It is to be brought back: before the freeze (reconnect.py), and after COMMIT where post-copy has memory to bring
+    (refill.py). LINK_LOST when it does not come back."""
     TARGET_RESUMED = "resumed"
-    """The target has everything that it had: copying goes on."""
+    """The target has everything that it had: copying goes on, or the bringing of memory."""
     LINK_LOST = "link-lost"
     TIMEOUT = "timeout"
     RESTARTED = "restarted"
@@ -149,6 +150,8 @@ TRANSITIONS: Transitions = {
     (Phase.PRECOPY, Event.COPIED): (Phase.FROZEN, (Action.FREEZE_AND_DUMP,)),
     (Phase.FROZEN, Event.DUMPED): (Phase.SENDING, (Action.SEND_STATE,)),
     (Phase.SENDING, Event.TARGET_READY): (Phase.COMMITTED, (Action.JOURNAL_COMMITTED, Action.SEND_COMMIT)),
+    (Phase.COMMITTED, Event.LINK_BROKE): (Phase.COMMITTED, (Action.SEND_RESUME,)),
+    # In post-copy the driver has this happen only when the target has said that it needs no more memory from here.
     (Phase.COMMITTED, Event.TARGET_RUNNING): _FINISH,
     **{(phase, event): ROLL_BACK for phase in _BEFORE_COMMIT for event in _TROUBLE},
     # A target that could not run although it has COMMIT, or never got it: REFUSED gives the right to run back.

@@ -123,11 +123,14 @@ class Prepared(Message):
     gives_back: Flag = False
     resume: Flag = False
     """The reservation outlives a link that breaks before the freeze, for as long as the offer asked for."""
+    refill: Flag = False
+    """So does a container that runs here and lacks memory: it outlives a link that breaks after the switch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resume(Message):
-    """On a new connection, after the link broke before the freeze: the source wants to go on where it was."""
+    """On a new connection, after the link broke before the freeze, or while memory followed after the switch: the
+    source wants to go on where it was."""
 
     TYPE: ClassVar[str] = "resume"
     move_id: MoveId
@@ -137,11 +140,13 @@ class Resume(Message):
 @dataclass(frozen=True, kw_only=True)
 class Resumed(Message):
     """The answer: everything is as it was, and ``taken`` is how many bulk messages have come whole, in their order,
-    since the offer. What comes next follows the last of them."""
+    since the offer. What comes next follows the last of them. After the switch of a post-copy ``missing_bytes`` of
+    memory are named behind it, which have not come."""
 
     TYPE: ClassVar[str] = "resumed"
     move_id: MoveId
     taken: Count
+    missing_bytes: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from migrate.errors import MigrateError, ProtocolViolation
 from migrate.packing import Packer
 from migrate.parts import Parts
 from runtime.criu.pages import RunReader, SpaceId
+from runtime.memory.ranges import PageRanges
 from runtime.tree import Change, SentContent, read_chunks
 from transport.api import Channel, Deadline, Frame, TransportError
 
@@ -57,6 +58,9 @@ class Outgoing:
         """Brings a broken link back, and says how many parts the target has; None: a broken link is the end."""
         self.memory_again: Callable[[Mapping[str, object]], None] | None = None
         """Sends what the pages of a ``memory`` message hold now."""
+        self.refill: Callable[[TransportError, Mapping[int, PageRanges]], Mapping[int, PageRanges] | None] | None = None
+        """After the switch, of memory that is kept for the target: brings the link back, and says what of it is
+        missing there, None: nothing any more."""
         self.parts = Parts()
         self.kept_bytes = 0
         """What the target had when the link broke for the last time, which was not sent again."""

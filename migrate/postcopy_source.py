@@ -1,8 +1,9 @@
 """Memory that stays on the source while the container already runs on the target: what is waited for goes first.
 
 It is read where it is, in the frozen tasks: nothing is copied here, and nothing can change it. The freezer and CRIU
-hold them until the target has said ``whole``. Between the freeze and that word either host's death, or the link's, is
-the container's end, which is why the operator had to allow it.
+hold them until the target has said ``whole``. Between the freeze and that word either host's death is the container's
+end, which is why the operator had to allow it. A link that breaks after COMMIT is brought back (refill.py), and what
+the target lacks by then is sent, whatever was on its way.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from migrate import messages
 from migrate.guards import signals_ignored
@@ -20,7 +21,7 @@ from runtime.criu.lazy_images import read_lazy_spans
 from runtime.memory.ranges import EMPTY, PageRanges
 from runtime.memory.reader import MemoryReader, Range
 from runtime.memory.segments import Segment, Segments
-from transport.api import Deadline
+from transport.api import Deadline, TransportError
 
 # Sent around a page that somebody waits for: neighbours are often next, and the page is not much later for it.
 AROUND_BYTES = 64 << 10
@@ -42,6 +43,7 @@ class KeptMemory:
         self._live = live
         self._buffer = memoryview(bytearray(PUSH_BYTES))
         self._readers: dict[int, MemoryReader] = {}
+        self._remote: dict[int, PageRanges] = {}
         self._left: dict[int, Segments] = {}
         self._ahead: tuple[int, int] | None = None
         self._hot: deque[tuple[int, int, int]] = deque()
@@ -60,18 +62,22 @@ class KeptMemory:
         for inside, kept in self._live.kept.items():
             if not kept:
                 continue
-            self._readers[inside] = MemoryReader(self._live.pids[inside])
             lazy, _rest = read_lazy_spans(images / f"mm-{inside}.img")
             remote = kept & PageRanges.from_spans(lazy)
             at_once = kept - remote
+            self.keep(inside, self._live.pids[inside], remote)
             self._send(inside, at_once.spans())
             self._name(inside, "present", at_once)
             self._name(inside, "runs", remote)
-            self._left[inside] = Segments(remote.spans())
             self._hot.extend((inside, start, end) for start, end in self._live.hot.get(inside, EMPTY).spans())
 
         # Who was told of nothing asks for nothing, and has nothing to confirm.
         self._whole = not self.left_bytes
+
+    def keep(self, inside: int, pid: int, remote: PageRanges) -> None:
+        """These pages of a task stay here, until the target has them. Raises OSError."""
+        self._readers[inside] = MemoryReader(pid)
+        self._remote[inside], self._left[inside] = remote, Segments(remote.spans())
 
     def close(self) -> None:
         while self._readers:
@@ -82,15 +88,26 @@ class KeptMemory:
         restore may touch a page."""
         deadline = Deadline.after(timeout_s)
         while True:
-            message = self._out.channel.receive(deadline=deadline).message()
-            if message.get("type") == messages.Want.TYPE:
-                # A want may cross the last page; after WHOLE there is nothing here any more.
-                if not self._whole:
-                    self._give(messages.Want.parse(message))
-            elif message.get("type") == messages.Whole.TYPE:
-                self._whole = True
-            else:
+            try:
+                message = self._next_but_wants(deadline)
+            except TransportError as error:
+                # Before COMMIT it is a rollback, and after DONE nothing is kept.
+                if kind is not messages.Running or self._whole or not self._go_on(error):
+                    raise
+                deadline = Deadline.after(timeout_s)
+                continue
+            if message.get("type") != messages.Whole.TYPE:
                 return kind.parse(message)
+            self._whole = True
+
+    def _next_but_wants(self, deadline: Deadline) -> dict[str, Any]:
+        while True:
+            message = self._out.channel.receive(deadline=deadline).message()
+            if message.get("type") != messages.Want.TYPE:
+                return message
+            # A want may cross the last page; after WHOLE there is nothing here any more.
+            if not self._whole:
+                self._give(messages.Want.parse(message))
 
     def serve(self) -> None:
         """It runs there: everything goes over, what is wanted first, until the target says that it needs nothing."""
@@ -101,14 +118,29 @@ class KeptMemory:
         before = self._out.sent_bytes["pages"]
         while not self._whole:
             self.pages_after = self._out.sent_bytes["pages"] - before
-            if self._out.channel.readable(self._out.pace.take(0)) or not self._push():
-                deadline = Deadline.after(SILENCE_TIMEOUT_S)
-                message = self._out.channel.receive(deadline=deadline).message()
-                if message.get("type") == messages.Want.TYPE:
-                    self._give(messages.Want.parse(message))
-                else:
-                    messages.Whole.parse(message)
-                    self._whole = True
+            try:
+                if self._out.channel.readable(self._out.pace.take(0)) or not self._push():
+                    self._obey(self._out.channel.receive(deadline=Deadline.after(SILENCE_TIMEOUT_S)).message())
+            except TransportError as error:
+                self._whole = not self._go_on(error)
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        if message.get("type") == messages.Want.TYPE:
+            self._give(messages.Want.parse(message))
+        elif message.get("type") != messages.Running.TYPE:  # on another link it is said again
+            messages.Whole.parse(message)
+            self._whole = True
+
+    def _go_on(self, error: TransportError) -> bool:
+        """The link broke: on another one what the target lacks goes out, whatever was sent before. False when it needs
+        nothing more. Raises ``error`` where that can not be, and as Outgoing.refill."""
+        if self._out.refill is None:
+            raise error
+        missing = self._out.refill(error, self._remote)
+        if missing is None:
+            return False
+        self._left = {inside: Segments(missing.get(inside, EMPTY).spans()) for inside in self._remote}
+        return True
 
     def _give(self, want: messages.Want) -> None:
         """The page with its neighbours; nothing when it is on its way."""

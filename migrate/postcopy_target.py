@@ -2,6 +2,9 @@
 
 One thread receives and another asks, because the pager waits for nobody. The move's own conversation goes on through
 ``RemoteFeed``, which is the channel for it: it gets every message but memory, in their order.
+
+From COMMIT on, as long as something is missing, a link that breaks is waited for: who faults stands still, the rest of
+the container runs. The source that comes back is told what is missing; what was on its way is not, so it comes again.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,12 @@ from migrate import messages
 from migrate.errors import ProtocolViolation
 from migrate.incoming import memory_of
 from migrate.messages_kept import Keeping
+from migrate.missing import MissingMemory, Span
 from migrate.packing import unpacking
 from migrate.verify_target import ExpectedMemory
+from migrate.waiting import WaitingRoom
 from runtime.memory.pager import Pager, PagerDied
 from runtime.memory.ranges import PAGE_BYTES, PageRanges
-from runtime.memory.segments import Segments
 from runtime.memory.store import Store
 from transport.api import Channel, Deadline, DeadlineExpired, Frame, FrameKind, TransportError
 
@@ -38,14 +42,15 @@ LAST_WORDS = (messages.Done.TYPE, Keeping.TYPE, messages.Discard.TYPE)
 class RemoteFeed:
     """Brings what is ``missing`` (by pid inside) to ``pager``. It owns the stores, and closes them at its end.
 
-    When the source or the link dies while something is missing, the pager is told to give up, which is the container's
-    end; PagerDied then comes out of ``receive`` and ``wait_filled``.
+    When the source or the link dies while something is missing, and nobody comes back into ``room`` in time, the pager
+    is told to give up, which is the container's end; PagerDied then comes out of ``receive`` and ``wait_filled``.
     """
 
     def __init__(
         self,
         channel: Channel,
         move_id: str,
+        room: WaitingRoom,
         pager: Pager,
         stores: Mapping[int, Store],
         missing: Mapping[int, PageRanges],
@@ -55,15 +60,20 @@ class RemoteFeed:
         """``expected``: what comes is compared with it."""
         self._channel = channel
         self._move_id = move_id
+        self._room = room
         self._pager = pager
         self._stores = stores
-        self._missing = {pid: Segments(ranges.spans()) for pid, ranges in missing.items() if ranges}
-        self._missing_bytes = sum(ranges.bytes for ranges in missing.values())
+        self._missing = MissingMemory(missing)
         self.received_bytes = 0
         self._mark = mark
         self._expected = expected
         self._given_up = False
-        self._whole_lock = threading.Lock()
+        self._speaking = threading.RLock()
+        """Held by who says something, and while a source that came back is told how things stand."""
+        self._wanted: dict[tuple[int, int], None] = {}
+        self._said: list[Frame] = []
+        """After COMMIT, by the move's own conversation: whether the source has heard it is not known."""
+        self._committed = False
         self._whole_said = False
         self._frames: queue.SimpleQueue[Frame | BaseException] = queue.SimpleQueue()
         self._death: BaseException | None = None
@@ -86,7 +96,10 @@ class RemoteFeed:
     # The channel of the move's own conversation
 
     def send(self, frame: Frame, *, deadline: Deadline) -> None:
-        self._channel.send(frame, deadline=deadline)
+        with self._speaking:
+            if self._committed:
+                self._said.append(frame)
+            self._channel.send(frame, deadline=deadline)
 
     def receive(self, *, deadline: Deadline) -> Frame:
         """Raises TransportError, ProtocolViolation or PagerDied, then for good; DeadlineExpired."""
@@ -105,23 +118,51 @@ class RemoteFeed:
         if self._death is not None:
             raise self._death
 
+    def let_source_come_back(self) -> None:
+        """COMMIT is on this disk: from here on the source may come back on another link, while something is missing."""
+        # Nothing of what a full disk or directory does to a door is worth the container.
+        with self._speaking, contextlib.suppress(OSError):
+            if not self._whole_said and self._death is None:
+                self._room.open()
+
     # From the source
 
     def _bring(self) -> None:
         try:
-            while self._pass_on(self._channel.receive(deadline=Deadline.after(SILENCE_TIMEOUT_S))):
-                pass
+            self._room.hold(self._receive, self._welcome, self._speaking)
         except BaseException as error:
             self._broken = error
-            if self._given_up:
-                self._frames.put(error)
-            elif self._missing_bytes:
+            if self._missing.bytes and not (self._given_up or self._whole_said):
                 self._pager.lose(f"{self._channel.peer.name} can not send it any more: {error}")
             else:
                 self._frames.put(error)
         finally:
             for store in self._stores.values():
                 store.close()
+
+    def _receive(self) -> None:
+        """Up to the source's last word."""
+        try:
+            while self._pass_on(self._channel.receive(deadline=Deadline.after(SILENCE_TIMEOUT_S))):
+                pass
+        except TransportError:
+            # The release may be under way still.
+            if self._committed:
+                self.let_source_come_back()
+            raise
+
+    def _welcome(self) -> Iterator[dict[str, Any]]:
+        """To a source that has come back: what is missing, what of it is waited for, and what it may not have heard."""
+        whole = self._whole_said
+        missing_bytes = 0 if whole else self._missing.bytes
+        yield messages.Resumed(move_id=self._move_id, taken=0, missing_bytes=missing_bytes).to_message()
+        if not whole:
+            yield from self._missing.messages()
+            self._wanted = {want: None for want in self._wanted if self._missing.lacks(*want)}
+            yield from (messages.Want(id=pid, address=address).to_message() for pid, address in self._wanted)
+        yield from (frame.message() for frame in self._said)
+        if whole:
+            yield messages.Whole(move_id=self._move_id).to_message()
 
     def _pass_on(self, frame: Frame) -> bool:
         """Whether more may come."""
@@ -131,45 +172,45 @@ class RemoteFeed:
         if message.get("type") == "memory":
             self._store(message)
             return True
+        self._committed = self._committed or message.get("type") == messages.Commit.TYPE
         self._frames.put(frame)
         return message.get("type") not in LAST_WORDS
 
     def _store(self, message: Mapping[str, Any]) -> None:
+        """Nothing has come before all of it has: a link may break in the middle."""
         pid, runs, zeros = memory_of(message, "runs", "zeros")
-        spans = [(address, pages * PAGE_BYTES) for address, pages in (*runs, *zeros)]
-        arrived = self._take_off(pid, spans)
+        spans = [(address, address + pages * PAGE_BYTES) for address, pages in (*runs, *zeros)]
+        self._missing.must_be_expected(pid, spans)
         size = sum(pages for _address, pages in runs) * PAGE_BYTES
-        if size:
-            store = self._stores[pid]
-            receive = unpacking(message, size, self._receive_into)
-            with store.scratch(size) as view:
-                receive(view)
-                if self._expected is not None:
-                    self._expected.arrived(pid, runs, view)
-                position = 0
-                for address, pages in runs:
-                    end = position + pages * PAGE_BYTES
-                    store.write(address, view[position:end])
-                    position = end
-        if self._expected is not None:
-            self._expected.arrived_zeros(pid, zeros)
+        store = self._stores[pid]
+        with store.scratch(size) as view:
+            if size:
+                unpacking(message, size, self._receive_into)(view)
+            fresh = self._take_in(pid, runs, view) if size else []
+        for address, pages in zeros:
+            pieces = self._missing.come(pid, address, address + pages * PAGE_BYTES)
+            if self._expected is not None:
+                self._expected.arrived_zeros(pid, _runs(pieces))
+            fresh += pieces
         self.received_bytes += size
         with contextlib.suppress(PagerDied):  # the other thread hears of it
-            self._pager.arrived(pid, spans)
-        self._missing_bytes -= arrived
-        if not self._missing_bytes:
+            self._pager.arrived(pid, [(start, end - start) for start, end in fresh])
+        if not self._missing.bytes:
             self._say_whole()
 
-    def _take_off(self, pid: int, spans: list[tuple[int, int]]) -> int:
-        """What was filled already must not be overwritten in the store: only what is missing may come."""
-        missing = self._missing.get(pid)
-        if missing is None:
-            raise ProtocolViolation(f"memory of task {pid} came, which was not kept back")
-        wanted = sum(size for _address, size in spans)
-        pieces = [piece for address, size in spans for piece in missing.cut(address, address + size)]
-        if sum(piece.end - piece.start for piece in pieces) != wanted:
-            raise ProtocolViolation(f"memory of task {pid} came twice, or was not kept back")
-        return wanted
+    def _take_in(self, pid: int, runs: Sequence[tuple[int, int]], view: memoryview) -> list[Span]:
+        """What was there already, and may have been filled, must not be overwritten in the store."""
+        fresh: list[Span] = []
+        position = 0
+        for address, pages in runs:
+            for start, end in self._missing.come(pid, address, address + pages * PAGE_BYTES):
+                content = view[position + start - address : position + end - address]
+                if self._expected is not None:
+                    self._expected.arrived(pid, _runs([(start, end)]), content)
+                self._stores[pid].write(start, content)
+                fresh.append((start, end))
+            position += pages * PAGE_BYTES
+        return fresh
 
     def _receive_into(self, view: memoryview) -> None:
         def place(_tag: int, length: int) -> memoryview:
@@ -186,23 +227,32 @@ class RemoteFeed:
     def _ask(self) -> None:
         try:
             while (want := self._pager.next_want(FILL_TIMEOUT_S)) is not None:
-                self._tell(messages.Want(id=want[0], address=want[1]))
+                with self._speaking:
+                    self._wanted[want] = None
+                    self._tell(messages.Want(id=want[0], address=want[1]))
             # Also when tasks have ended whose memory nobody needs now.
             self._say_whole()
         except BaseException as error:
             self._death = error
+            self._room.close()
             if not self._given_up:
                 self._frames.put(error)
 
     def _say_whole(self) -> None:
-        with self._whole_lock:
+        with self._speaking:
             if not self._whole_said:
                 self._whole_said = True
                 # Before the source may throw its copy away: who asks later must not be told that it is lost.
                 self._mark.unlink(missing_ok=True)
                 self._tell(messages.Whole(move_id=self._move_id))
+                # A source that has not heard it asks, and is told that it runs here.
+                self._room.close()
 
     def _tell(self, message: messages.Message) -> None:
-        # Where the link is broken the receiving thread knows what that means.
+        # Where the link is broken the receiving thread knows what that means, and says it again on another one.
         with contextlib.suppress(TransportError):
             self._channel.send(Frame.control(message.to_message()), deadline=Deadline.after(SILENCE_TIMEOUT_S))
+
+
+def _runs(spans: Iterable[Span]) -> list[tuple[int, int]]:
+    return [(start, (end - start) // PAGE_BYTES) for start, end in spans]

@@ -1,7 +1,8 @@
 """The source's link of one move: when it breaks before the freeze it is brought back, and the move goes on.
 
 Everything that talks to the target holds one channel, under which the connection is replaced. From the freeze on a
-broken link is what it always was: a rollback before COMMIT, a question after it.
+broken link is what it always was: a rollback before COMMIT, a question after it; but where memory follows after the
+switch, it is brought back again (refill.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from migrate import messages
 from migrate.errors import CanNotResume, MigrateError, MoveRefused, PeerFailed, RolledBack, describe
@@ -25,6 +27,8 @@ ANSWER_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S, PAUSE_FACTOR = 0.1, 2.0, 1.7
 # As often a move begins again whose target has lost what it had: whatever kills it there would go on doing so.
 MOST_BEGINNINGS = 3
+
+T = TypeVar("T")
 
 
 class Line:
@@ -51,6 +55,11 @@ class Line:
         self.broken = False
         """It is, and does not come back."""
 
+    @property
+    def patience_s(self) -> float:
+        """How long the target is still to be asked on links of their own."""
+        return 0.0 if self.broken else self.limit_s
+
     def mending(self, resumes: bool, move_id: str, epoch: int) -> Callable[[TransportError], int] | None:
         """``resume`` of this move, for a target that ``resumes``."""
         return functools.partial(self.resume, move_id, epoch) if resumes else None
@@ -61,27 +70,43 @@ class Line:
         Raises ChannelClosed when the link does not come back in time, CanNotResume when the target has nothing any
         more, AuthenticationFailed, or what is wrong with what it answers.
         """
+        question = messages.Resume(move_id=move_id, epoch=epoch)
+
+        def ask(until: Deadline) -> int:
+            try:
+                self.channel.send(Frame.control(question.to_message()), deadline=until)
+                return messages.Resumed.parse(self.channel.receive(deadline=until).message()).taken
+            except (MoveRefused, PeerFailed) as refusal:
+                raise CanNotResume(describe(refusal).what, hint=refusal.hint) from refusal
+
+        return self.bring_back(error, ask)
+
+    def bring_back(self, error: TransportError, ask: Callable[[Deadline], T | None]) -> T:
+        """Bring the link back after ``error``; what ``ask`` makes of the target's answer on it, None: not yet one.
+
+        Raises ChannelClosed when that does not come about in time, AuthenticationFailed, and what ``ask`` does but
+        TransportError.
+        """
         if isinstance(error, ProtocolError) or self.channel.ended:
             raise error
         deadline, begin = Deadline.after(self.limit_s), time.monotonic()
-        cause = error
+        cause, connected = error, False
         while True:
-            self._connect(error, deadline, begin)
-            question = messages.Resume(move_id=move_id, epoch=epoch)
+            if not connected:
+                self._connect(error, deadline, begin)
+            connected = True
             try:
-                until = Deadline.after(ANSWER_S)
-                self.channel.send(Frame.control(question.to_message()), deadline=until)
-                answer = messages.Resumed.parse(self.channel.receive(deadline=until).message())
+                answer = ask(Deadline.after(ANSWER_S))
             except TransportError as again:
-                cause = again
-                if deadline.expired():
-                    raise self._given_up(cause) from error
-                continue
-            except (MoveRefused, PeerFailed) as refusal:
-                raise CanNotResume(describe(refusal).what, hint=refusal.hint) from refusal
-            self.resumed += 1
-            self._observer.on_event(LinkBack(after_s=time.monotonic() - begin, resumed=True))
-            return answer.taken
+                cause, connected, answer = again, False, None
+            if answer is not None:
+                self.resumed += 1
+                self._observer.on_event(LinkBack(after_s=time.monotonic() - begin, resumed=True))
+                return answer
+            if deadline.expired():
+                raise self._given_up(cause) from error
+            if connected:
+                time.sleep(FIRST_PAUSE_S)
 
     def begin_again(self, error: BaseException) -> bool:
         """Whether a move that ``error`` rolled back before its freeze is to be begun again, on a link that is whole."""

@@ -17,6 +17,7 @@ from migrate.giving_back import finish
 from migrate.journal import MoveJournal, close_journal, read_all
 from migrate.kept_copy import settle_kept
 from migrate.losses import report_loss_of
+from migrate.waiting import door_of
 from runtime.api import Container, Status
 from runtime.container import Containers
 from runtime.criu.dump import wake_after_dead_dump
@@ -60,6 +61,9 @@ def recover(host: HostConfig) -> list[str]:
         with contextlib.suppress(Busy):
             told += _unsettled(host, journal)
     _remove_kept_files(host, journals)
+    for journal in journals:
+        if journal.side == "target" and journal.records and not at_work(journal):
+            door_of(host.run_dir, journal.move_id).unlink(missing_ok=True)
     return told
 
 

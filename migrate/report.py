@@ -131,10 +131,10 @@ class MoveReport:
     vxlan over a wire between them; empty without a network. ``why`` the mode was taken; ``predicted_blackout_ms`` by
     the last round, else by the plan, None without either; ``slowed_to_cpus`` None when it ran at its own speed.
     ``closed_connections`` are TCP connections of the container that were ended when it froze: "LOCAL:PORT -
-    REMOTE:PORT". ``resumed``: how often the link broke before the freeze and the move went on where it was, without the
-    ``kept_bytes`` that the target had by then; ``begun_again``: how often nothing was left there to go on from, in
-    which case all other figures are of the last attempt. ``blockers`` are preflight's, as mappings with check, what and
-    remedy.
+    REMOTE:PORT". ``resumed``: how often the link broke before the freeze, or after the switch while memory followed,
+    and the move went on where it was; ``kept_bytes``: what the target had at the last of those before the freeze, and
+    was not sent again; ``begun_again``: how often nothing was left there to go on from, in which case all other figures
+    are of the last attempt. ``blockers`` are preflight's, as mappings with check, what and remedy.
     """
 
     id: str

@@ -31,6 +31,7 @@ from migrate.postcopy_source import KeptMemory
 from migrate.precopy import Budget
 from migrate.queues import tell_what_is_lost
 from migrate.reconnect import Line
+from migrate.refill import mend_links
 from migrate.rounds import Rounds, rounds_of, untracked_warning
 from migrate.shared_source import SharedSource
 from migrate.trees_source import SourceTrees
@@ -162,7 +163,7 @@ class SourceMove:
         self._out.pace.packer.allow(self.prepared.packing)
         if self._live is not None and self.prepared.shared:
             self.shared = self._live.take_shared_apart(self._filter, in_rounds=self._mode in ("precopy", "hybrid"))
-        self._out.mend = self.line.mending(self.prepared.resume, self._move_id, FIRST_EPOCH)
+        mend_links(self._out, self.line, self.prepared, self._move_id, FIRST_EPOCH)
         self._mark("files")
         self._on(Event.TARGET_PREPARED)
         with self._observer.blackout(), self._call_off.limited():
@@ -197,7 +198,7 @@ class SourceMove:
             self._observer.on_event(not_seen_complete(error, self._container.name))
             return
         if self._phase is Phase.COMMITTED and not isinstance(error, MoveRefused):
-            learnt = what_became(self._host, self._session, self._move_id, error, self.line.limit_s)
+            learnt = what_became(self._host, self._session, self._move_id, error, self.line.patience_s)
             if learnt is None or isinstance(learnt, ContainerLost):
                 self._finish_late(learnt)
                 return
@@ -357,8 +358,7 @@ class SourceMove:
             self.kept = self._closing.enter_context(contextlib.closing(KeptMemory(self._out, self._live)))
             self.kept.announce(self._work.path)
         self._out.log(self._log)
-        kept = self.kept is not None
-        send_frozen_state(self._out, self._dump, self.shared, channel_is_shared=kept, mark=self._mark)
+        send_frozen_state(self._out, self._dump, self.shared, channel_is_shared=self.kept is not None, mark=self._mark)
 
     def _kill_copy(self) -> None:
         """The copy here is dead weight: kill it, remove what is left of it."""

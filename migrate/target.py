@@ -96,6 +96,7 @@ class TargetMove:
                     shared=self._shared is not None,
                     gives_back=True,
                     resume=self._room.resumes,
+                    refill=self._room.resumes,
                 )
             ),
             Action.STORE: lambda: None,
@@ -235,7 +236,7 @@ class TargetMove:
         missing, stores = self._stores.missing, self._stores.take_stores()
         mark = self._directory / MISSING_MARK
         self._feed = RemoteFeed(
-            self._asked.channel, self._offer.move_id, self._pager, stores, missing, mark, self._expected
+            self._asked.channel, self._offer.move_id, self._room, self._pager, stores, missing, mark, self._expected
         )
         self._channel = self._feed
         self._feed.start()
@@ -315,6 +316,8 @@ class TargetMove:
         assert self._running is not None
         with contextlib.suppress(TransportError):
             self._send(self._running)
+        if self._feed is not None:
+            self._feed.let_source_come_back()
         self._containers.store.admit(self._spec.id, self._runs_as)
 
     def _wait_for_done(self) -> None:

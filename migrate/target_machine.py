@@ -64,7 +64,8 @@ class Event(StrEnum):
     FAULT = "fault"
     """CRIU, the kernel or the disk failed here, or the peer violated the protocol."""
     LINK_BROKE = "link-broke"
-    """Before the freeze: the source may come back for a while (waiting.py). LINK_LOST when it has not."""
+    """Before the freeze, or while memory is missing after COMMIT: the source may come back for a while (waiting.py).
+    LINK_LOST when it has not; then what lacks memory here is killed, and that is what became of it."""
     RESUME = "resume"
     """On a new connection: the source wants to go on where it was."""
     LINK_LOST = "link-lost"
@@ -185,8 +186,12 @@ TRANSITIONS: Transitions = {
     **_stay(_GOES, (Event.COMMIT,)),
     **_stay((Phase.RETURNING,), (Event.ASK,)),
     **_stay((Phase.CONFIRMED,), (Event.DONE,)),
-    # The source comes back only before the freeze: this one is of a connection that is dead.
-    **_stay((Phase.VERIFIED, Phase.RESTORED_HELD, Phase.COMMIT_LOGGED, *_RUNS, *_GOES), (Event.RESUME,)),
+    # Memory follows after the switch: the source goes on where it was, and may not have heard that it runs here.
+    **_stay((Phase.COMMIT_LOGGED, Phase.RESUMED), (Event.LINK_BROKE,)),
+    (Phase.COMMIT_LOGGED, Event.RESUME): (Phase.COMMIT_LOGGED, (Action.SEND_RESUMED,)),
+    (Phase.RESUMED, Event.RESUME): (Phase.RESUMED, (Action.SEND_RESUMED, Action.SEND_RUNNING)),
+    # Between the freeze and COMMIT the source does not come back: this one is of a connection that is dead.
+    **_stay((Phase.VERIFIED, Phase.RESTORED_HELD, Phase.SETTLED, Phase.CONFIRMED, *_GOES), (Event.RESUME,)),
     **_stay((*_BEFORE_COMMIT, Phase.COMMIT_LOGGED, *_RUNS, *_GOES), (Event.OFFER,)),
     **_stay((Phase.VERIFIED, Phase.RESTORED_HELD, Phase.COMMIT_LOGGED, *_RUNS, *_GOES), (Event.BULK, Event.STATE)),
 }

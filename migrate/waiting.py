@@ -2,7 +2,8 @@
 
 What a target has of a move before the freeze (stores, upper layer, a sandbox, CRIU) lives in the session's process. So
 that process stays, and a new one, which the source's new connection started, hands the connection over to it, on a
-unix socket in the run directory. From the freeze on nobody listens there.
+unix socket in the run directory. From the freeze on nobody listens there, but for post-copy after the switch, as long
+as memory is missing (postcopy_target.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,11 +79,15 @@ class WaitingRoom:
         self._visits: queue.SimpleQueue[_Visit] = queue.SimpleQueue()
         self._told_to_leave = ""
         self._waits = False
+        self._at_door = threading.Lock()
 
     def open(self) -> None:
-        """Raises OSError."""
-        if not self.resumes:
-            return
+        """Again after ``close``, too; nothing happens when it is open. Raises OSError."""
+        with self._at_door:
+            if self.resumes and self._listener is None:
+                self._open()
+
+    def _open(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -97,16 +102,18 @@ class WaitingRoom:
         threading.Thread(target=self._listen, args=(listener,), name="waiting-room", daemon=True).start()
 
     def close(self) -> None:
-        """Nobody can come back any more. Takes no time, and may be called again."""
-        listener, self._listener = self._listener, None
-        if listener is not None:
+        """Nobody can come back any more, and who waits for that stops. Takes no time, and may be called again."""
+        with self._at_door:
+            listener, self._listener = self._listener, None
+            if listener is None:
+                return
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
             listener.close()
             self._path.unlink(missing_ok=True)
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._visits.get_nowait().close()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._visits.get_nowait().close()
 
     def through(self, work: Callable[[], T], taken: Callable[[], int]) -> T:
         """What ``work`` returns, which is begun again on each new link once the source has been told what is here.
@@ -114,29 +121,46 @@ class WaitingRoom:
         Raises what ``work`` does; of a broken link only when nobody has come back in time, or somebody said that nobody
         will: then MoveRefused.
         """
+        return self.hold(work, lambda: [Resumed(move_id=self._move_id, taken=taken()).to_message()])
+
+    def hold(
+        self,
+        work: Callable[[], T],
+        welcome: Callable[[], Iterable[Mapping[str, Any]]],
+        speaking: contextlib.AbstractContextManager[Any] | None = None,
+    ) -> T:
+        """The same, where ``welcome`` is all that the source is told first on a new link. Whoever else sends on the
+        channel does so within ``speaking``, which is held until it has been said."""
         while True:
             try:
                 return work()
             except TransportError as error:
                 if self._listener is None or isinstance(error, ProtocolError):
                     raise
-                self._wait(error, taken)
+                self._channel.cut()  # nobody is to say anything into a link on which nobody listens
+                self._wait(error, welcome, speaking or contextlib.nullcontext())
 
-    def _wait(self, error: TransportError, taken: Callable[[], int]) -> None:
+    def _wait(
+        self,
+        error: TransportError,
+        welcome: Callable[[], Iterable[Mapping[str, Any]]],
+        speaking: contextlib.AbstractContextManager[Any],
+    ) -> None:
         deadline = Deadline.after(self._hold_s)
         self._waits = True
         try:
-            while not self._channel.ended and not deadline.expired():
+            while self._listener is not None and not self._channel.ended and not deadline.expired():
                 if self._told_to_leave:
                     raise MoveRefused(self._told_to_leave)
                 try:
                     visit = self._visits.get(timeout=_POLL_S)
                 except queue.Empty:
                     continue
-                with contextlib.suppress(TransportError, OSError):
+                with contextlib.suppress(TransportError, OSError), speaking:
                     self._take(visit)
-                    answer = Resumed(move_id=self._move_id, taken=taken())
-                    self._channel.send(Frame.control(answer.to_message()), deadline=Deadline.after(ANSWER_TIMEOUT_S))
+                    until = Deadline.after(ANSWER_TIMEOUT_S)
+                    for message in welcome():
+                        self._channel.send(Frame.control(message), deadline=until)
                     return
             raise error
         finally:

@@ -102,8 +102,8 @@ def check_consent(options: MoveOptions) -> None:
     mode = options.mode if options.mode in NEED_CONSENT else options.budget.on_timeout
     if mode in NEED_CONSENT and not options.allow_postcopy:
         raise BadInput(
-            f"in mode {mode} the death of either host or of the link loses the container, from the switch until all of "
-            "its memory has arrived",
+            f"in mode {mode} the death of either host, or a link that stays away, loses the container, from the switch "
+            "until all of its memory has arrived",
             hint="add --allow-postcopy if that is acceptable, or use --mode precopy",
         )
 

@@ -1,5 +1,8 @@
 """Moves whose memory follows after the switch: exact, there and back, over both transports."""
 
+import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -7,9 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from scripts.chaos_faults import Going, reset_connections, set_link
 from tests.support.lab import HOSTS, CommandFailed, Running, TwoHosts, nothing_left_on
 from tests.support.oracle import Churn
-from tests.support.services import Redis, Service
+from tests.support.services import Memory, Redis, Service
 
 WAYS = (("postcopy", "stream"), ("hybrid", "stream"), ("postcopy", "ssh"), ("hybrid", "ssh"))
 
@@ -48,6 +52,42 @@ def test_without_consent_it_is_refused_and_told_why(two_hosts: TwoHosts) -> None
         assert ": 2\n" in str(caught.value)
 
 
+def test_a_link_that_breaks_after_the_switch_comes_back_and_the_fill_goes_on(two_hosts: TwoHosts) -> None:
+    service = Memory(mib=200, hot_mib=2)
+    with running(two_hosts, service) as container:
+        # Ten seconds of filling, however fast the machine is.
+        slowly = ("--bandwidth", "20m", "--compress", "none", "--transport", "stream")
+        options = ("--mode", "postcopy", "--allow-postcopy", "--verify", "--json", *slowly)
+        going = Going(two_hosts, "host1", "host2", ("move", container.name, "--to", "host2", *options))
+        assert going.wait_for("RESUMED"), "".join(going.errors)
+        gone_for_two_seconds(two_hosts, going)
+        assert going.wait(100)
+        events = [json.loads(line) for line in going.lines]
+        report = events[-1]
+        assert (going.process.returncode, report["outcome"]) == (0, "migrated"), report
+        container.host = "host2"
+        assert report["resumed"] == 1
+        assert [event["resumed"] for event in events if event["type"] == "link-back"] == [True]
+        # Each page was compared with what it was on the source, and what had come was not sent again.
+        came_bytes = report["verify"]["pages_later"] * 4096
+        assert report["verify"]["differing"] == 0
+        assert came_bytes > 190 << 20
+        assert report["fill"]["pages_after"] < came_bytes + (32 << 20)
+        service.check()
+
+
+def gone_for_two_seconds(hosts: TwoHosts, going: Going) -> None:
+    """Neither side has a connection any more, nor can the source make another one."""
+    os.kill(going.process.pid, signal.SIGSTOP)  # or all could have come until that is done
+    set_link(hosts, going.target, up=False)
+    try:
+        assert all(reset_connections(hosts, host) for host in HOSTS)
+        os.kill(going.process.pid, signal.SIGCONT)
+        time.sleep(2)
+    finally:
+        set_link(hosts, going.target, up=True)
+
+
 def test_the_movers_death_in_mid_fill_ends_the_container_and_is_reported(two_hosts: TwoHosts) -> None:
     with running(two_hosts, Churn(192)) as container:
         journals = two_hosts.lab.directory / "host2" / "state" / "journal"
@@ -64,6 +104,9 @@ def test_the_movers_death_in_mid_fill_ends_the_container_and_is_reported(two_hos
         finally:
             mover.kill()
             mover.wait(10)
+        # The target would wait for it to come back. Whoever looks next on the source knows that nobody will, and the
+        # frozen copy never runs again: it is thrown away.
+        two_hosts.cmigrate("host1", "move", container.name, "--to", "host2", "--dry-run", check=False)
         until(lambda: not runs_on(two_hosts, "host2", container.name))
         moves = {new.name.split(".")[0] for new in set(journals.glob("*")) - known}
         (report,) = [
@@ -72,8 +115,6 @@ def test_the_movers_death_in_mid_fill_ends_the_container_and_is_reported(two_hos
             if report["outcome"] == "lost" and report["id"] in moves
         ]
         assert report["error"]["code"] == "lost"
-        # The source's frozen copy never runs again: whoever looks next throws it away.
-        two_hosts.cmigrate("host1", "move", container.name, "--to", "host2", "--dry-run", check=False)
         assert not runs_on(two_hosts, "host1", container.name)
 
 

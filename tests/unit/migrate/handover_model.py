@@ -151,7 +151,8 @@ class Model:
     fencing: bool = True
     """A person may cut the target off for good, which is a way out of every doubt."""
     links_come_back: bool = False
-    """A link that breaks before the freeze may be brought back. In a walk of its own: it makes many more states."""
+    """A link that breaks before the freeze, or while memory follows after the switch, may be brought back. In a walk of
+    its own: it makes many more states."""
     source_recovers: Callable[[str], SPhase] = source_side.recovered
     target_recovers: Callable[[str], TPhase] = target_side.recovered
 
@@ -193,8 +194,8 @@ class Model:
         yield from (SEvent.CANCELLED, SEvent.FAULT, SEvent.LINK_LOST, SEvent.TIMEOUT)
         if source.phase is SPhase.PRECOPY:
             yield SEvent.COPIED
-            if self.links_come_back:
-                yield SEvent.LINK_BROKE
+        if self.links_come_back and source.phase in (SPhase.PRECOPY, SPhase.COMMITTED):
+            yield SEvent.LINK_BROKE
         if source.phase is SPhase.FROZEN and source.tasks is Tasks.FROZEN:
             yield SEvent.DUMPED
         if source.phase in FENCEABLE and fenced:
@@ -238,7 +239,8 @@ class Model:
             yield from (TEvent.FAULT, TEvent.LINK_LOST, TEvent.TIMEOUT)
         if target.phase is TPhase.VERIFIED and target.tasks is Tasks.HELD:
             yield TEvent.RESTORED
-        if self.links_come_back and target.phase in (TPhase.RESERVED, TPhase.RECEIVING):
+        waits = (TPhase.RESERVED, TPhase.RECEIVING, TPhase.COMMIT_LOGGED, TPhase.RESUMED)
+        if self.links_come_back and target.phase in waits:
             yield TEvent.LINK_BROKE
         if target.phase is TPhase.RETURNING and target.tasks is Tasks.NONE:
             yield TEvent.COPY_GONE

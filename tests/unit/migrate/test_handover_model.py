@@ -55,13 +55,17 @@ def test_every_line_of_both_tables_happens_but_those_known_not_to(found: Found) 
     assert set(target_machine.TRANSITIONS) - found.used_target == never_target
 
 
-def test_a_link_that_comes_back_before_the_freeze_breaks_no_invariant_either() -> None:
+def test_a_link_that_comes_back_before_the_freeze_or_after_the_switch_breaks_no_invariant_either() -> None:
     """Also where a question of it, or its answer, arrives when all has been decided."""
     found = explore(Model(links_come_back=True))
     assert not found.violations, "\n".join(f"{rule}\n    " + "\n    ".join(h) for rule, h in found.violations.items())
     assert not found.stuck
     asked = {phase for phase, event in found.used_target if event is TEvent.RESUME}
     assert asked == set(TPhase) - {TPhase.IDLE}
+    assert {phase for phase, event in found.used_source if event is SEvent.LINK_BROKE} == {
+        SPhase.PRECOPY,
+        SPhase.COMMITTED,
+    }
 
 
 def source_bug(changes: Mapping[Any, Any]) -> Model:
@@ -82,6 +86,23 @@ BUGS: dict[str, tuple[Model, str]] = {
             links_come_back=True,
         ),
         "1: two copies run",
+    ),
+    "a link that is not brought back after COMMIT thaws": (
+        Model(
+            source_table={**machine.TRANSITIONS, (SPhase.COMMITTED, SEvent.LINK_BROKE): machine.ROLL_BACK},
+            links_come_back=True,
+        ),
+        "5: the source thawed",
+    ),
+    "a source that comes back after the switch is refused": (
+        Model(
+            target_table={
+                **target_machine.TRANSITIONS,
+                (TPhase.RESUMED, TEvent.RESUME): (TPhase.RESUMED, (T.SEND_REFUSED,)),
+            },
+            links_come_back=True,
+        ),
+        "3: refused",
     ),
     "a link that comes back thaws what is in doubt": (
         Model(

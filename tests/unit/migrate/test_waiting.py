@@ -110,7 +110,12 @@ def test_the_session_goes_on_with_all_that_it_has_on_another_link(
     with again:
         handed = come_back(tmp_path, other)
         assert handed is not None
-        assert again.receive(deadline=soon()).message() == {"type": "resumed", "move_id": MOVE, "taken": 1}
+        assert again.receive(deadline=soon()).message() == {
+            "type": "resumed",
+            "move_id": MOVE,
+            "taken": 1,
+            "missing_bytes": 0,
+        }
         send(again, 2)
         again.send(Frame.control({"type": "end"}), deadline=soon())
         assert session.end.result(SOON_S) == "done"
