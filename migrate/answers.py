@@ -58,8 +58,14 @@ def answer_preflight(asked: Asked, message: Mapping[str, Any]) -> None:
 
 
 def answer_offer(asked: Asked, message: Mapping[str, Any]) -> None:
-    """A source that offers a container again has given up what it was at before."""
+    """A source that offers a container again has given up what it was at before.
+
+    Raises MoveRefused for a move that this host knows already: an offer that was overtaken by the question about it is
+    the source's no more.
+    """
     offer = messages.Offer.parse(message)
+    if read_one(asked.host.journal_dir, offer.move_id, "target") is not None:
+        raise MoveRefused(f"{asked.host.name} has heard of move {offer.move_id} before its offer came")
     dismiss_waiting(asked.host, offer.spec.id, if_waiting=False, source=asked.peer_hello.host)
     handle_offer(asked, message)
 
@@ -81,7 +87,7 @@ def answer_ask(asked: Asked, message: Mapping[str, Any]) -> None:
     question = messages.Ask.parse(message)
     if _may_give_up(asked, question.move_id):
         dismiss(asked.host.run_dir, question.move_id, "the source has given it up", if_waiting=False)
-    state = _settled(asked.host, question.move_id, question.epoch)
+    state = _settled(asked.host, question.move_id, question.epoch, given_up_by=asked.peer_hello.host)
     asked.answer(messages.Answer(move_id=question.move_id, epoch=question.epoch, state=state).to_message())
 
 
@@ -121,12 +127,15 @@ def hear_discard(asked: Asked, message: Mapping[str, Any]) -> None:
     messages.Discard.parse(message)
 
 
-def _settled(host: HostConfig, move_id: str, epoch: int) -> str:
-    """Where it stands, once a session that is about to undo it has done so."""
+def _settled(host: HostConfig, move_id: str, epoch: int, *, given_up_by: str = "") -> str:
+    """Where it stands, once a session that is about to undo it, or is told so because its source has given it up, has
+    done so."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         journal = read_one(host.journal_dir, move_id, "target")
-        ending = journal is not None and journal.phase == "RESERVED" and at_work(journal)
-        if not ending or time.monotonic() > deadline:
+        if journal is None or journal.phase != "RESERVED" or not at_work(journal) or time.monotonic() > deadline:
             return standing(host, move_id, epoch)
+        if given_up_by and journal.records[0].details.get("source") == given_up_by:
+            # Also one that is reserving still, and has only just begun to wait.
+            dismiss(host.run_dir, move_id, "the source has given it up", if_waiting=False, wait_s=0.0)
         time.sleep(_POLL_S)

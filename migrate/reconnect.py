@@ -24,6 +24,8 @@ from transport.renewable import RenewableChannel
 # Of one attempt: to connect and greet, and for the answer to a question.
 ATTEMPT_S = 10.0
 ANSWER_S = 10.0
+# A target answers that it has undone an attempt, or after ten seconds that it is still at it.
+UNDO_S = 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S, PAUSE_FACTOR = 0.1, 2.0, 1.7
 # As often a move begins again whose target has lost what it had: whatever kills it there would go on doing so.
 MOST_BEGINNINGS = 3
@@ -108,23 +110,43 @@ class Line:
             if connected:
                 time.sleep(FIRST_PAUSE_S)
 
-    def begin_again(self, error: BaseException) -> bool:
-        """Whether a move that ``error`` rolled back before its freeze is to be begun again, on a link that is whole."""
+    def begin_again(self, error: BaseException, move_id: str, epoch: int) -> bool:
+        """Whether a move that ``error`` rolled back before its freeze is to be begun again. Then the link is whole, and
+        the target has undone what it had of ``move_id``."""
         cause = error.__cause__ if isinstance(error, RolledBack) else None
         if self.broken or not self.limit_s or self.beginnings > MOST_BEGINNINGS:
             return False
         # A target that is silent is there: it would be so again.
-        if isinstance(cause, ChannelClosed):
-            begin = time.monotonic()
-            try:
-                self._connect(cause, Deadline.after(self.limit_s), begin)
-            except (TransportError, MigrateError):
-                return False
-        elif not isinstance(cause, CanNotResume):
+        if not isinstance(cause, (ChannelClosed, CanNotResume)):
+            return False
+        why = describe(cause).what
+        deadline, begin = Deadline.after(self.limit_s), time.monotonic()
+        try:
+            while True:
+                if isinstance(cause, ChannelClosed):
+                    self._connect(cause, deadline, begin)
+                try:
+                    if not self._undone_there(move_id, epoch):
+                        return False
+                    break
+                except ChannelClosed as again:
+                    cause = again
+        except (TransportError, MigrateError):
             return False
         self.beginnings += 1
-        self._observer.on_event(LinkBack(after_s=0.0, resumed=False, why=describe(cause).what))
+        self._observer.on_event(LinkBack(after_s=time.monotonic() - begin, resumed=False, why=why))
         return True
+
+    def _undone_there(self, move_id: str, epoch: int) -> bool:
+        """What the target is still reserving for the attempt that is over would be in the way of the next one."""
+        deadline = Deadline.after(UNDO_S)
+        question = messages.Ask(move_id=move_id, epoch=epoch)
+        while not deadline.expired():
+            self.channel.send(Frame.control(question.to_message()), deadline=deadline)
+            answer = messages.Answer.parse(self.channel.receive(deadline=deadline).message())
+            if answer.state != "held":
+                return answer.state == "refused"
+        return False
 
     def _connect(self, error: TransportError, deadline: Deadline, begin: float) -> None:
         self.channel.cut()

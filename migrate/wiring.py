@@ -6,17 +6,17 @@ import contextlib
 import platform
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-from migrate import messages, preflight
+from migrate import messages
+from migrate.check import check_both
 from migrate.course import Course, failed_report, keep_report, moved_report, report_of
 from migrate.errors import (
     MemoryDiffers,
     MigrateError,
-    MoveRefused,
     RolledBack,
     TakenBack,
     Unhealthy,
@@ -48,10 +48,9 @@ from runtime.criu.binary import CriuBinary, find_criu
 from runtime.errors import BadInput, RuntimeFault, WrongState
 from runtime.host import HostConfig, must_be_writable
 from runtime.wire import WireSpec
-from transport.api import Deadline, Frame, TransportError
+from transport.api import ChannelClosed, Deadline, Frame, TransportError
 from transport.pacing import PacedChannel, TokenBucket
 
-PREFLIGHT_TIMEOUT_S = 30.0
 UNDO_TIMEOUT_S = 15.0
 MEASURED_S = 0.1
 """The link is measured with no more than a limit on bandwidth lets through in so long."""
@@ -241,7 +240,7 @@ def _move_locked(
         held.on_event(_started(course))
         if planned is not None:
             held.on_event(planned)
-        _check(containers, container, session, course, held, options.tcp)
+        check_both(containers, container, session, course, held, options.tcp)
         wire = _find_wire(host, container, session, course, held, options)
         if options.dry_run:
             return report_of(course, Outcome.REFUSED)
@@ -290,11 +289,34 @@ def _attempts(
             course.frozen_ms = source.clock.frozen_ms
             # What was measured until then belongs into the report of the failure.
             error.add_note(f"phases: {source.clock.phases(time.monotonic())}")
-            if "freeze" in source.clock or not line.begin_again(error):
+            if "freeze" in source.clock:
                 course.unreachable = line.broken
                 raise
-        course.move_id = secrets.token_hex(6)
-        _check(containers, container, line.session, course, held, options.tcp)
+            _begin_again(containers, container, line, course, held, options.tcp, error)
+
+
+def _begin_again(
+    containers: Containers,
+    container: Container,
+    line: Line,
+    course: Course,
+    held: Held,
+    tcp: TcpPolicy,
+    error: BaseException,
+) -> None:
+    """Returns when both hosts have found again that the move can begin; raises ``error`` where it is not to."""
+    while True:
+        if not line.begin_again(error, course.move_id, FIRST_EPOCH):
+            course.unreachable = line.broken
+            raise error
+        try:
+            check_both(containers, container, line.session, course, held, tcp)
+        except ChannelClosed as broke:
+            error = RolledBack.because(broke)
+            error.__cause__ = broke
+        else:
+            course.move_id = secrets.token_hex(6)
+            return
 
 
 def _own_versions(criu: str) -> Versions:
@@ -362,32 +384,3 @@ def _started(course: Course) -> MoveStarted:
         mode=course.mode,
         transport=course.transport,
     )
-
-
-def _check(
-    containers: Containers, container: Container, session: Session, course: Course, held: Held, tcp: TcpPolicy
-) -> None:
-    """Preflight on both hosts; raises MoveRefused with all blockers of both at once."""
-    seen = preflight.check_source(containers, container, mode=course.mode, tcp=tcp)
-    question = messages.Preflight(
-        spec=container.spec, mode=course.mode, memory_bytes=course.memory_bytes, facts=seen.facts
-    )
-    deadline = Deadline.after(PREFLIGHT_TIMEOUT_S)
-    session.channel.send(Frame.control(question.to_message()), deadline=deadline)
-    here = [finding.to_json() for finding in seen.findings]
-    answer = messages.Findings.parse(session.channel.receive(deadline=deadline).message())
-    course.versions = replace(
-        course.versions,
-        criu_target=answer.versions.get("criu", ""),
-        kernel_target=answer.versions.get("kernel", ""),
-    )
-    findings: list[Mapping[str, Any]] = [*here, *answer.findings]
-    for finding in findings:
-        if finding["level"] == "warning":
-            held.on_event(Warning(what=str(finding["what"]), remedy=str(finding["remedy"])))
-    blockers = [finding for finding in findings if finding["level"] == "blocker"]
-    if blockers:
-        count = "1 reason" if len(blockers) == 1 else f"{len(blockers)} reasons"
-        raise MoveRefused(
-            f"{course.container} can not move to {course.target}, for {count}", blockers=[dict(b) for b in blockers]
-        )

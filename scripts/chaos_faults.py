@@ -192,20 +192,27 @@ def set_link(hosts: TwoHosts, host: str, *, up: bool) -> None:
 
 def _kill(hosts: TwoHosts, host: str, is_one: Callable[[list[str]], bool], most: int | None) -> list[str]:
     """The processes of that host that are so, newest first, ``most`` of them; what they were."""
-    own = os.stat(f"/proc/{hosts.lab.host(host).holder.pid}/ns/net").st_ino
     hit: list[str] = []
-    for pid in sorted((int(entry) for entry in os.listdir("/proc") if entry.isdigit()), reverse=True):
+    for pid, argv in processes(hosts, host, is_one):
         if len(hit) == most:
             break
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+            hit.append(" ".join(argv)[-60:])
+    return hit
+
+
+def processes(hosts: TwoHosts, host: str, is_one: Callable[[list[str]], bool]) -> Iterator[tuple[int, list[str]]]:
+    """Those of that host that are so, newest first, with their arguments."""
+    own = os.stat(f"/proc/{hosts.lab.host(host).holder.pid}/ns/net").st_ino
+    for pid in sorted((int(entry) for entry in os.listdir("/proc") if entry.isdigit()), reverse=True):
         with contextlib.suppress(OSError):
             text = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
             argv = text.rstrip("\0").split("\0")
             if (comm := Path(f"/proc/{pid}/comm").read_text().strip()) == SESSION_COMM:
                 argv = [comm]
             if argv[0] and is_one(argv) and os.stat(f"/proc/{pid}/ns/net").st_ino == own:
-                os.kill(pid, signal.SIGKILL)
-                hit.append(" ".join(argv)[-60:])
-    return hit
+                yield pid, argv
 
 
 def _is_frozen(file: Path) -> bool:

@@ -24,7 +24,7 @@ MIGRATE_LAYERS = (
     ("cluster", "probe"),
     ("serve", "probe_scatter"),
     ("wiring", "trust", "checkpoint", "resolve"),
-    ("undo",),
+    ("undo", "check"),
     ("answers",),
     ("recover", "course"),
     ("kept_copy", "giving_back"),

@@ -5,6 +5,7 @@ The rounds are slowed down so that the fault can not miss them, on whatever mach
 
 import contextlib
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from scripts.chaos_faults import Going, fault
+from scripts.chaos_faults import VICTIMS, Going, fault, processes
 from tests.support.lab import HOSTS, TwoHosts, nothing_left_on
 from tests.support.services import Memory
 
@@ -78,6 +79,35 @@ def test_a_target_that_has_lost_everything_gets_it_again(busy: Busy) -> None:
     assert (code, report["outcome"]) == (0, "migrated"), report
     busy.running.host = busy.running.other
     assert (report["resumed"], report["begun_again"]) == (0, 1)
+    busy.must_be_well()
+
+
+@pytest.mark.parametrize(("transport", "direct"), [("stream", "auto"), ("ssh", "never")])
+def test_a_link_that_breaks_while_the_target_reserves(busy: Busy, transport: str, direct: str) -> None:
+    """The session there is stopped for a moment, so that the source is back while it is at it still."""
+    running = busy.running
+    words = ("move", running.name, "--to", running.other, "--mode", "precopy", "--transport", transport)
+    going = Going(running.hosts, running.host, running.other, (*words, "--direct", direct, "--json"))
+    assert going.wait_for("RESERVED"), "".join(going.errors)
+    sessions = [pid for pid, _argv in processes(running.hosts, running.other, VICTIMS["agent"][1])]
+    for pid in sessions:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        with fault(running.hosts, going, "reset") as hit:
+            assert hit
+        while not any('"type":"link-lost"' in line for line in going.lines):
+            assert not going.over(), "".join(going.errors)
+            time.sleep(0.01)
+        time.sleep(0.5)  # it is back, and asks
+    finally:
+        for pid in sessions:
+            os.kill(pid, signal.SIGCONT)
+    assert going.wait(120)
+    report = json.loads(going.lines[-1])
+    assert (going.process.returncode, report["outcome"]) == (0, "migrated"), report
+    running.host = running.other
+    # Where the session was quicker than the one who stops it, the move goes on instead.
+    assert (report["resumed"], report["begun_again"]) in ((0, 1), (1, 0))
     busy.must_be_well()
 
 
