@@ -25,13 +25,14 @@ from migrate.inventory import Inventory
 from migrate.recover import recover
 from migrate.session import Dispatcher
 from migrate.waiting import HandedOver
+from runtime.caller import ssh_socket
 from runtime.errors import RuntimeFault
 from runtime.forked import Forked, fork
 from runtime.host import HostConfig, load_host_config
 from transport.api import Channel, Deadline, Peer, TransportError
 from transport.local import from_stdio
 from transport.renewable import RenewableChannel
-from transport.tcp import accept, listen
+from transport.tcp import accept, listen, notice_death
 from transport.tls import HANDSHAKE_S, server_handshake
 
 MAX_SESSIONS = 32
@@ -79,6 +80,10 @@ def run_session(channel: Channel, host: HostConfig) -> bool:
 
 def serve_stdio(host: HostConfig, peer_name: str = "") -> bool:
     """One session over descriptors 0 and 1, as an SSH server starts it."""
+    sock = ssh_socket()
+    if sock is not None:
+        with sock, contextlib.suppress(OSError):
+            notice_death(sock)
     origin = os.environ.get("SSH_CONNECTION", "").split()
     detail = f"ssh from {origin[0]}" if origin else "stdin and stdout"
     return run_session(from_stdio(Peer(name=peer_name or "caller", transport="ssh", detail=detail)), host)

@@ -18,6 +18,12 @@ def tune(sock: socket.socket) -> None:
     """Set what every connection gets. Buffer sizes are left to the kernel: SO_SNDBUF and SO_RCVBUF would switch off its
     own tuning, which on a long path grows further than net.core.[rw]mem_max lets us ask for."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    notice_death(sock)
+
+
+def notice_death(sock: socket.socket) -> None:
+    """The connection ends soon after the peer's host, or the way there, is gone. One that answers is never given up
+    for being idle: the kernel does that, whatever the program at the other end is at."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_EVERY_S)
