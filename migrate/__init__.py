@@ -14,9 +14,11 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # type checkers know the name; the module that has it takes milliseconds
 if TYPE_CHECKING:
+    from typing import Any
+
     from migrate.checkpoint import checkpoint, restore
     from migrate.errors import (
         ErrorText,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from migrate.errors import BlackoutTooLong
+from migrate.interrupts import Interrupts
 from runtime.errors import BadInput
 
 CALLING_OFF = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -69,13 +70,13 @@ class CallOff:
     def noticed(self) -> Iterator[None]:
         """Notices signals inside; each raises KeyboardInterrupt as ever."""
 
-        def notice(number: int, _frame: FrameType | None) -> None:
+        def note(number: int) -> None:
             if number == signal.SIGALRM:
                 self.too_late = True
             else:
                 self.asked = True
-            raise KeyboardInterrupt(signal.Signals(number).name)
 
+        notice = Interrupts(note).handle
         if threading.current_thread() is not threading.main_thread():
             yield
             return

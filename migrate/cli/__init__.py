@@ -13,6 +13,8 @@ from importlib import import_module
 
 import click
 
+from migrate.interrupts import ctrl_c_is_heard
+
 # Name -> where its click command is, and its line in the list of commands. The line stands here a second time so that
 # `cmigrate --help` imports none of these modules; a test compares them.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -129,19 +131,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # numpy's library for matrices, which we have none of, starts a thread for each processor when it is imported;
     # they spin for 60 to 100 ms. Session processes of `serve` inherit this.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    try:
-        result = cli.main(args=given, prog_name="cmigrate", standalone_mode=False)
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BrokenPipeError:
-        # Whoever read our output has enough (head). Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except BaseException as error:
-        from migrate.cli.output import fail
+    with ctrl_c_is_heard() as interrupts:
+        try:
+            result = cli.main(args=given, prog_name="cmigrate", standalone_mode=False)
+            sys.stdout.flush()
+            return result if isinstance(result, int) else 0
+        except click.exceptions.Exit as stop:
+            return stop.exit_code
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BrokenPipeError:
+            # Whoever read our output has enough (head). Python would complain again when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 1
+        except BaseException as error:
+            failure = error
+    # Another Ctrl-C ends this process, with what has been said by then.
+    from migrate.cli.output import fail
 
-        return fail(error, as_json=wants_json(given))
+    return fail(failure, as_json=wants_json(given), interrupted=interrupts.asked)

@@ -9,10 +9,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from migrate.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from migrate.errors import ErrorText
@@ -51,9 +52,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def fail(error: BaseException, *, as_json: bool) -> int:
-    """Tell an error; the exit code to end with."""
+def fail(error: BaseException, *, as_json: bool, interrupted: bool = False) -> int:
+    """Tell an error; the exit code to end with. Of a program that was ``interrupted`` an error that nobody foresaw is
+    that."""
     told = _describe(error)
+    if interrupted and told.code == "internal-error":
+        told = _describe(KeyboardInterrupt())
     if os.environ.get(TRACEBACK_VARIABLE) == "1":
         traceback.print_exception(error)
     elif told.code == "internal-error" and isinstance(error, Exception) and not hasattr(error, "what"):
@@ -121,9 +125,7 @@ def for_each(references: Sequence[str], act: Callable[[str], str | None], *, as_
 def terminated_like_interrupted() -> Iterator[None]:
     """SIGTERM and SIGHUP are undone as Ctrl-C is: a service manager or a closed terminal must not leave half a move."""
 
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
+    interrupt = Interrupts().handle
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield

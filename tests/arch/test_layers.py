@@ -19,7 +19,8 @@ PACKAGE_RULES = {
 
 # Inside migrate: a line imports only from lines below it, or from its own package. "" is migrate/__init__.py.
 MIGRATE_LAYERS = (
-    ("cli", "__main__"),
+    ("__main__",),
+    ("cli",),
     ("", "lab", "experiment"),
     ("cluster", "probe"),
     ("serve", "probe_scatter"),
@@ -65,7 +66,7 @@ MIGRATE_LAYERS = (
     ("messages",),
     ("fields", "message"),
     ("plan", "wire", "probe_window"),
-    ("errors", "costs", "deferral"),
+    ("errors", "costs", "deferral", "interrupts"),
 )
 
 # They decide, others act: nothing here may reach a descriptor, a process, a thread or a clock.

@@ -42,7 +42,7 @@ def test_the_list_of_commands_imports_none_of_them() -> None:
     program = (
         "import sys; from migrate.cli import main; main(['--help'])\n"
         "ours = sorted(n for n in sys.modules if n.split('.')[0] in ('migrate', 'runtime', 'transport'))\n"
-        "assert ours == ['migrate', 'migrate.cli'], ours\n"
+        "assert ours == ['migrate', 'migrate.cli', 'migrate.interrupts'], ours\n"
         "assert not {'paramiko', 'rich', 'cryptography', 'msgpack'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, stdout=subprocess.DEVNULL)
@@ -211,3 +211,15 @@ def test_interrupted_is_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert fail(KeyboardInterrupt(), as_json=False) == 130
     assert fail(click.Abort(), as_json=False) == 130
     assert "error: interrupted" in capsys.readouterr().err
+
+
+def test_what_a_library_made_of_ctrl_c_is_told_as_that(capsys: pytest.CaptureFixture[str]) -> None:
+    error = RuntimeError("Event loop stopped before Future completed.")
+    assert fail(error, as_json=False, interrupted=True) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_an_error_that_means_something_is_told_also_when_ctrl_c_came(capsys: pytest.CaptureFixture[str]) -> None:
+    error = NotFound("there is no container web1")
+    assert fail(error, as_json=False, interrupted=True) == describe(error).exit_code
+    assert "web1" in capsys.readouterr().err
