@@ -26,6 +26,7 @@ from migrate.wire import (
 from runtime.api import ContainerSpec, spec_from_json
 from runtime.criu.options import ExternalMount
 from runtime.errors import BadInput, CorruptData
+from runtime.linux.tcp_table import TcpConnection
 from runtime.wire import WireSpec
 
 
@@ -65,6 +66,26 @@ def _read_mount(value: Any) -> ExternalMount:
         raise Unfit("not a mount")
     line = text(MAX_TEXT)
     return ExternalMount(key=line.read(value.get("key")), point=line.read(value.get("point")))
+
+
+def _read_connection(value: Any) -> TcpConnection:
+    if not isinstance(value, dict):
+        raise Unfit("not a connection")
+    port, address = integer(0, 65535), text(64)
+    try:
+        return TcpConnection(
+            local=ipaddress.ip_address(address.read(value.get("local"))),
+            local_port=port.read(value.get("local_port")),
+            remote=ipaddress.ip_address(address.read(value.get("remote"))),
+            remote_port=port.read(value.get("remote_port")),
+            family_bits=integer(32, 128).read(value.get("family_bits")),
+        )
+    except ValueError as error:
+        raise Unfit("not a connection between addresses") from error
+
+
+def _write_connection(connection: TcpConnection) -> dict[str, Any]:
+    return {**asdict(connection), "local": str(connection.local), "remote": str(connection.remote)}
 
 
 def _read_pipes(value: Any) -> tuple[int, int]:
@@ -115,6 +136,7 @@ Mounts = Annotated[
     tuple[ExternalMount, ...],
     list_of(Check(_read_mount, lambda mount: {"key": mount.key, "point": mount.point})),
 ]
+Connections = Annotated[tuple[TcpConnection, ...], list_of(Check(_read_connection, _write_connection))]
 Shared = Annotated[tuple[SharedPlace, ...], list_of(Check(_read_place, asdict))]
 Pipes = Annotated[tuple[int, int], Check(_read_pipes, list)]
 Wire = Annotated[WireSpec | None, Check(_read_wire, lambda wire: None if wire is None else dataclasses.asdict(wire))]

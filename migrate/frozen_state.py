@@ -9,6 +9,9 @@ from migrate.outgoing import Outgoing
 from migrate.shared_source import SHARED_COMPLETE, SharedSource
 from runtime.criu.dump import HeldDump
 
+MAX_UNHEARD = 1024
+"""The message is at most 1 MiB. Clients beyond that learn of their end when they send something."""
+
 
 def send_frozen_state(
     out: Outgoing,
@@ -32,6 +35,7 @@ def send_frozen_state(
         started_at=state.started_at,
         restarts=state.restarts,
         neighbours=dump.neighbours,
+        unheard=dump.unheard[:MAX_UNHEARD],
         shared=shared.places if shared is not None else (),
         shared_follows=follows,
     )

@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar
 
 from migrate.errors import MigrateError, MoveRefused, NoCommonProtocol, PeerFailed, describe
 from migrate.fields import (
+    Connections,
     Count,
     Digests,
     Epoch,
@@ -185,7 +186,8 @@ class Holding(Message):
 class FrozenState(Message):
     """The last message before the restore: everything has been sent. ``manifest`` are digests of what must be there.
 
-    ``shared`` is not in CRIU's images; ``shared_follows``: what changed of it last comes behind this message."""
+    ``shared`` is not in CRIU's images; ``shared_follows``: what changed of it last comes behind this message.
+    ``unheard``: connections that the container had not accepted, and that end."""
 
     TYPE: ClassVar[str] = "frozen-state"
     mounts: Mounts
@@ -194,6 +196,7 @@ class FrozenState(Message):
     restarts: Count = 0
     manifest: Digests = field(default_factory=dict)
     neighbours: Neighbours = field(default_factory=dict)
+    unheard: Connections = ()
     shared: Shared = ()
     shared_follows: Flag = False
 

@@ -6,10 +6,11 @@ from migrate.observe import Observer, Warning
 from runtime.criu.dump import HeldDump
 
 
-def tell_what_is_lost(dump: HeldDump, observer: Observer) -> None:
-    """After the dump."""
+def tell_what_is_lost(dump: HeldDump, observer: Observer) -> tuple[str, ...]:
+    """After the dump; which connections end with the move."""
     if dump.unaccepted:
         what = f"{dump.unaccepted} connections wait to be accepted by the container, which does not: they end"
         observer.on_event(Warning(what=what))
     if lost := str(dump.waiting):
         observer.on_event(Warning(what=lost))
+    return tuple(map(str, dump.unheard))

@@ -347,7 +347,7 @@ class SourceMove:
         live.copy_frozen()
 
     def _send_state(self) -> None:
-        tell_what_is_lost(self._dump, self._observer)
+        self.closed += tell_what_is_lost(self._dump, self._observer)
         if self._verify:
             self._mark("hash")
             send_hashes(self._out, self._cgroup.pids(), self._work.path)

@@ -219,7 +219,7 @@ class TargetMove:
         lazy = self._stores is not None and self._stores.lazy
         if self._expected is not None:
             self._expected.begin(self._work.path)
-        self._restore.neighbours = self._state.neighbours
+        self._restore.neighbours, self._restore.unheard = self._state.neighbours, self._state.unheard
         self._bring_what_is_missing()
         files = self._shared.give_to_criu(self._work.path, self._state.shared) if self._shared is not None else {}
         self._restore.restore(self._state.mounts, self._state.pipes, auto_dedup=not lazy, lazy=lazy, memory_files=files)

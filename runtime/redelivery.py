@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from runtime.api import NetworkSpec
@@ -67,14 +67,7 @@ class Redelivery:
 
     def open_inside(self, init_pid: int) -> None:
         """What the container sent to itself goes by sockets of its namespace. Raises OSError."""
-        families = self._families() - {socket.AF_PACKET}
-
-        def open_all() -> dict[socket.AddressFamily, socket.socket]:
-            kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-            return {family: socket.socket(family, kind, socket.IPPROTO_RAW) for family in families}
-
-        if families:
-            self._sockets.update(in_network_namespace(init_pid, open_all))
+        self._sockets.update(open_raw(init_pid, self._families() - {socket.AF_PACKET}))
 
     def deliver(self) -> None:
         """When its sockets are there and its link takes frames, before others can come by it."""
@@ -89,3 +82,13 @@ class Redelivery:
         for one in self._sockets.values():
             one.close()
         self._sockets = {}
+
+
+def open_raw(init_pid: int, families: Collection[socket.AddressFamily]) -> dict[socket.AddressFamily, socket.socket]:
+    """Sockets of the namespace of ``init_pid`` that send packets as they are. Raises OSError."""
+
+    def open_all() -> dict[socket.AddressFamily, socket.socket]:
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        return {family: socket.socket(family, kind, socket.IPPROTO_RAW) for family in families}
+
+    return in_network_namespace(init_pid, open_all) if families else {}

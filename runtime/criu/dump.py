@@ -31,7 +31,7 @@ from runtime.datagrams import FILE, to_file
 from runtime.errors import CriuFailed, RuntimeFault
 from runtime.handover import begin_handover, end_handover
 from runtime.linux.rcu import ExpeditedGracePeriods
-from runtime.linux.tcp_table import TcpTable
+from runtime.linux.tcp_table import TcpConnection, TcpTable
 from runtime.linux.vfork import tasks_in_vfork
 from runtime.neighbours import known_neighbours
 from runtime.network import ContainerNetwork, in_network_namespace
@@ -85,6 +85,8 @@ class HeldDump:
         """Address -> MAC, as of the last ``look_ahead``."""
         self.unaccepted = 0
         """Connections that nobody accepted until the end: they will be reset."""
+        self.unheard: tuple[TcpConnection, ...] = ()
+        """The same, each by itself."""
         self.waiting = Waiting()
         """After ``dump``: datagrams that its UDP sockets held. They are among the images."""
         self._tcp = tcp
@@ -198,6 +200,7 @@ class HeldDump:
             before, self.unaccepted = self.unaccepted, self._tcp_table.waiting_connections()
             if not self.unaccepted or (attempt >= ACCEPT_PATIENCE and self.unaccepted == before):
                 break
+        self.unheard = tuple(self._tcp_table.unaccepted())
         ask_monitor(self._containers.host, self.container.id, "drain")
 
     def dump(self, before_walk: Callable[[], object] | None = None) -> None:

@@ -26,7 +26,9 @@ from runtime.criu.options import ExternalMount, restore_request
 from runtime.criu.rpc import CriuSession
 from runtime.criu.segments import ANONYMOUS_NAME
 from runtime.errors import CriuFailed
+from runtime.farewell import Farewell
 from runtime.linux.rcu import ExpeditedGracePeriods
+from runtime.linux.tcp_table import TcpConnection
 from runtime.memory.lazy import lazy_restore_allowed
 from runtime.memory.tasks import tasks_inside
 from runtime.neighbours import NeighbourTable
@@ -65,6 +67,9 @@ class HeldRestore:
         self._table: NeighbourTable | None = None
         self.neighbours: Mapping[str, str] = {}
         """Address -> MAC of what the container knew where it was; to be set before ``restore``."""
+        self.unheard: Sequence[TcpConnection] = ()
+        """Connections that ended because it had not accepted them; to be set before ``restore``."""
+        self._farewell = Farewell(spec.network)
         self.way_back = ""
         """MAC of the bridge that connections shall go on through (wayback.py); to be set before ``prepare``."""
         self.memory_files: tuple[int, ...] = ()
@@ -215,6 +220,7 @@ class HeldRestore:
         if self.spec.network is not None:
             self._network.attach(self._init_pid, self.spec.network, connect=False)
         self._redelivery.open_inside(self._init_pid)
+        self._farewell.get_ready(self._init_pid, self.unheard)
 
     def release(
         self, *, started_at: str = "", restarts: int = 0, before_run: Callable[[], object] = lambda: None
@@ -265,6 +271,7 @@ class HeldRestore:
                 self._hold.hand_over()
                 self._hold.close()
             self._network.publish(self.spec.ports, self.spec.network)
+            self._farewell.say()
         if self._wire is not None:
             self._wire.arrived()
         self._session.close()
@@ -303,6 +310,7 @@ class HeldRestore:
         self.close_memory_files()
         self._network.close()
         self._redelivery.close()
+        self._farewell.close()
         if self._wire is not None:
             self._wire.close()
             self._wire = None

@@ -8,11 +8,13 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from runtime.linux.inet_diag import Address, InetDiag, parse_sockets, without_mapping
+from runtime.linux.inet_diag import Address, InetDiag, InetSocket, parse_sockets, without_mapping
 
 # net/tcp_states.h: of 1 << TCP_*, TCP_LISTEN, and all that have a socket and a peer, which are not TCP_SYN_RECV,
 # TCP_TIME_WAIT and TCP_CLOSE.
 LISTENING = 1 << 10
+# TCP_ESTABLISHED, TCP_CLOSE_WAIT: what nobody has accepted yet is in these.
+OPEN = 1 << 1 | 1 << 8
 CONNECTED = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11
 
 
@@ -60,7 +62,11 @@ class TcpTable(InetDiag):
 
     def connections(self) -> list[TcpConnection]:
         """What is open or being opened or closed. Mapped addresses become IPv4."""
-        return [connection for answer in self.answers(CONNECTED) for connection in parse_connections(answer)]
+        return [_connection(found) for found in self.sockets(CONNECTED)]
+
+    def unaccepted(self) -> list[TcpConnection]:
+        """Those that wait in the queues of listeners: no process has them open."""
+        return [_connection(found) for found in self.sockets(OPEN) if not found.inode]
 
 
 def parse_listeners(answer: bytes) -> Iterator[Listener]:
@@ -69,13 +75,11 @@ def parse_listeners(answer: bytes) -> Iterator[Listener]:
         yield Listener(port=found.local_port, loopback=found.local.is_loopback, waiting=found.waiting)
 
 
-def parse_connections(answer: bytes) -> Iterator[TcpConnection]:
-    """As ``parse_listeners``."""
-    for found in parse_sockets(answer):
-        yield TcpConnection(
-            local=without_mapping(found.local),
-            local_port=found.local_port,
-            remote=without_mapping(found.remote),
-            remote_port=found.remote_port,
-            family_bits=128 if found.family == socket.AF_INET6 else 32,
-        )
+def _connection(found: InetSocket) -> TcpConnection:
+    return TcpConnection(
+        local=without_mapping(found.local),
+        local_port=found.local_port,
+        remote=without_mapping(found.remote),
+        remote_port=found.remote_port,
+        family_bits=128 if found.family == socket.AF_INET6 else 32,
+    )

@@ -1,6 +1,8 @@
 """Connections in every state move: those that nobody has accepted yet, half closed ones, datagrams, unix sockets."""
 
+import errno
 import json
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -19,25 +21,27 @@ ODD_SOCKETS = """
 import os, select, socket, threading
 tcp, udp = socket.create_server(("0.0.0.0", 8000), backlog=64), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 udp.bind(("0.0.0.0", 8001))
-deaf = socket.create_server(("0.0.0.0", 8002), backlog=8)
+deaf = socket.create_server(("0.0.0.0", 8002), backlog=1)
 one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 unix = socket.socket(socket.AF_UNIX); unix.bind("/tmp/u"); unix.listen(4)
 near = socket.socket(socket.AF_UNIX); near.connect("/tmp/u"); far, _ = unix.accept()
 queued = socket.socket(socket.AF_UNIX); queued.connect("/tmp/u")
 one.send(b"datagram in the queue"); near.send(b"bytes in the queue")
 def serve(connection):
-    # An echo that goes on after its client has closed one half, and says the word "unix" differently.
+    # An echo that goes on after its client has closed one half, and takes the words "unix" and "listen" for more.
     with connection:
         while data := connection.recv(65536):
+            if data == b"listen":
+                threading.Thread(target=accept, args=(deaf,)).start()
             if data == b"unix":
                 data = two.recv(100) + b"," + far.recv(100)
                 other, _ = unix.accept(); other.send(b"x"); data += b"," + queued.recv(1)
             connection.sendall(data)
         connection.sendall(b"after your end")
-def accept():
+def accept(server):
     while True:
-        threading.Thread(target=serve, args=(tcp.accept()[0],)).start()
-threading.Thread(target=accept).start()
+        threading.Thread(target=serve, args=(server.accept()[0],)).start()
+threading.Thread(target=accept, args=(tcp,)).start()
 while True:
     data, peer = udp.recvfrom(2000); udp.sendto(data, peer)
 """
@@ -109,17 +113,36 @@ def test_sockets_in_odd_states_move_and_work_on(two_hosts: TwoHosts) -> None:
         assert asked(echo, b"unix") == b"datagram in the queue,bytes in the queue,x"
 
 
-def test_connections_that_the_container_does_not_accept_end_and_are_told_of(two_hosts: TwoHosts) -> None:
+def test_a_listener_whose_queue_is_full_loses_what_is_in_it_and_tells_and_takes_those_that_did_not_get_in(
+    two_hosts: TwoHosts,
+) -> None:
     with running(two_hosts, Program(ODD_SOCKETS, 8000)) as container, ExitStack() as stack:
-        echo, *_unheard = [stack.enter_context(container.connect(port)) for port in (8000, 8002, 8002)]
-        echo.settimeout(10)
+        echo, *unheard = [stack.enter_context(container.connect(port)) for port in (8000, 8002, 8002)]
+        late: socket.socket = stack.enter_context(
+            container.client.run(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+        )
+        late.setblocking(False)
+        assert late.connect_ex((container.address, 8002)) == errno.EINPROGRESS
+        for connection in (echo, *unheard):
+            connection.settimeout(60)
         assert asked(echo, b"one") == b"one"
+        assert late.connect_ex((container.address, 8002)) == errno.EALREADY, "there was room in the queue"
         source, target = container.host, container.other
         lines = two_hosts.lines(source, "move", container.name, "--to", target, "--mode", "diskless", "--json")
         container.host = target
         assert lines[-1]["outcome"] == "migrated"
         assert any("2 connections wait to be accepted" in line.get("what", "") for line in lines)
-        assert asked(echo, b"two") == b"two"
+        ended = {f"{container.address}:8002 - {two_hosts.client.address}:{one.getsockname()[1]}" for one in unheard}
+        assert set(lines[-1]["closed_connections"]) == ended
+        for connection in unheard:  # they wait for the other side to begin
+            with pytest.raises(ConnectionResetError):
+                connection.recv(1)
+        assert asked(echo, b"listen") == b"listen"
+        late.settimeout(60)
+        assert select.select([], [late], [], 60)[1] == [late], "it asks again and again"
+        assert asked(late, b"late") == b"late"
+        new = stack.enter_context(container.connect(8002))
+        assert asked(new, b"new") == b"new"
 
 
 @pytest.mark.parametrize("kind", ["tcp", "udp"])

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import ipaddress
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from migrate.messages import MESSAGES, Message, negotiate, parse
 from runtime.api import ContainerSpec, NetworkSpec, VolumeMount
 from runtime.criu.options import ExternalMount
 from runtime.errors import CriuFailed
+from runtime.linux.tcp_table import TcpConnection
 from transport.api import Frame
 
 SPEC = ContainerSpec(
@@ -49,6 +51,15 @@ EXAMPLES: list[Message] = [
         started_at="2026-01-01T00:00:00.000Z",
         restarts=2,
         manifest={"core-1.img": "abcd"},
+        unheard=(
+            TcpConnection(
+                local=ipaddress.ip_address("10.88.0.7"),
+                local_port=80,
+                remote=ipaddress.ip_address("fd00::1"),
+                remote_port=4000,
+                family_bits=128,
+            ),
+        ),
     ),
     messages.Verified(move_id="abc", pages=7, ms=1.5, later=3),
     messages.Ready(move_id="abc", epoch=1),

@@ -20,6 +20,7 @@ from migrate.outgoing import Outgoing
 from migrate.shared_source import LEAST_BYTES, SharedSource
 from migrate.shared_target import SharedTarget
 from runtime.api import ContainerState, Status
+from runtime.linux.tcp_table import TcpConnection
 from runtime.memory.api import Segment
 from runtime.memory.maps import Kind, Mapping
 from runtime.memory.open_segment import OpenSegment
@@ -75,6 +76,7 @@ class Dump:
     mounts = ()
     pipes = (1, 2)
     neighbours: dict[str, str] = {}
+    unheard: tuple[TcpConnection, ...] = ()
 
 
 @dataclass

@@ -29,7 +29,12 @@ def test_connections_that_nobody_accepts_are_counted(
         with socket.create_connection((to, port)), socket.create_connection((to, port)) as second:
             mine = [listener for listener in table.listeners() if listener.port == port]
             assert [(listener.waiting, listener.loopback) for listener in mine] == [(2, loopback)]
-            server.accept()[0].close()
+            unaccepted = [one.remote_port for one in table.unaccepted() if one.local_port == port]
+            assert len(unaccepted) == 2
+            accepted, client = server.accept()
+            unaccepted.remove(client[1])
+            assert [one.remote_port for one in table.unaccepted() if one.local_port == port] == unaccepted
+            accepted.close()
             mine = [listener for listener in table.listeners() if listener.port == port]
             # A connection is no listener, whatever its port.
             assert [listener.waiting for listener in mine] == [1]
