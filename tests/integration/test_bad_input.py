@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -34,15 +35,41 @@ def serving(hosts: TwoHosts, *, mib: int = MEMORY_MIB, options: tuple[str, ...] 
         container = hosts.run(service, *options, name="stays")
         try:
             service.check()
-            with nothing_left_on(hosts, "host2"):
+            with staying(hosts, service, container):
                 yield container
-            assert container.inspect()["state"]["status"] == "running"
-            service.check()
-            names = [line["name"] for line in hosts.lines("host2", "ps", "-a", "--json")]
-            assert container.name not in names
         finally:
             service.close()
             container.remove()
+
+
+@contextmanager
+def staying(hosts: TwoHosts, service: Memory, container: Running) -> Iterator[None]:
+    with nothing_left_on(hosts, "host2"):
+        yield
+    assert container.inspect()["state"]["status"] == "running"
+    service.check()
+    names = [line["name"] for line in hosts.lines("host2", "ps", "-a", "--json")]
+    assert container.name not in names
+
+
+@pytest.fixture(scope="module")
+def standing(two_hosts: TwoHosts) -> Iterator[tuple[Memory, Running]]:
+    service = Memory(mib=MEMORY_MIB)
+    with nothing_left_on(two_hosts, *HOSTS):
+        container = two_hosts.run(service, name="shared")
+        try:
+            service.check()
+            yield service, container
+        finally:
+            service.close()
+            container.remove()
+
+
+@pytest.fixture
+def shared(two_hosts: TwoHosts, standing: tuple[Memory, Running]) -> Iterator[Running]:
+    """As ``serving``: one container for all tests in which no move of it gets as far as to touch it."""
+    with staying(two_hosts, *standing):
+        yield standing[1]
 
 
 def move(hosts: TwoHosts, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,21 +85,18 @@ def must_fail(done: subprocess.CompletedProcess[str], code: int, *words: str) ->
         assert word in done.stderr, done.stderr
 
 
-def test_an_unknown_container_is_named_and_nothing_happens(two_hosts: TwoHosts) -> None:
-    with serving(two_hosts):
-        must_fail(move(two_hosts, "stay", "--to", "host2"), NOT_FOUND, "stay", "hint: ")
+def test_an_unknown_container_is_named_and_nothing_happens(two_hosts: TwoHosts, shared: Running) -> None:
+    must_fail(move(two_hosts, "share", "--to", "host2"), NOT_FOUND, "share", "hint: ")
 
 
-def test_an_unknown_host_is_named_and_known_ones_are_told(two_hosts: TwoHosts) -> None:
-    with serving(two_hosts):
-        must_fail(move(two_hosts, "stays", "--to", "host7"), NOT_FOUND, "host7", "host2")
+def test_an_unknown_host_is_named_and_known_ones_are_told(two_hosts: TwoHosts, shared: Running) -> None:
+    must_fail(move(two_hosts, shared.name, "--to", "host7"), NOT_FOUND, "host7", "host2")
 
 
-def test_a_move_to_the_host_itself_is_refused(two_hosts: TwoHosts) -> None:
-    with serving(two_hosts):
-        done = move(two_hosts, "stays", "--to", "host1")
-        assert done.returncode in (2, 3, 4), done.stderr
-        assert "host1" in done.stderr
+def test_a_move_to_the_host_itself_is_refused(two_hosts: TwoHosts, shared: Running) -> None:
+    done = move(two_hosts, shared.name, "--to", "host1")
+    assert done.returncode in (2, 3, 4), done.stderr
+    assert "host1" in done.stderr
 
 
 def test_a_name_that_is_taken_on_the_target_is_a_blocker(two_hosts: TwoHosts) -> None:
@@ -93,9 +117,8 @@ def test_a_name_that_is_taken_on_the_target_is_a_blocker(two_hosts: TwoHosts) ->
             two_hosts.cmigrate("host2", "rm", "-f", "stays")
 
 
-def test_a_dry_run_moves_nothing_and_tells_blockers(two_hosts: TwoHosts) -> None:
-    with serving(two_hosts):
-        assert move(two_hosts, "stays", "--to", "host2", "--dry-run").returncode == 0
+def test_a_dry_run_moves_nothing_and_tells_blockers(two_hosts: TwoHosts, shared: Running) -> None:
+    assert move(two_hosts, shared.name, "--to", "host2", "--dry-run").returncode == 0
 
 
 @contextmanager
@@ -171,26 +194,26 @@ def changed_entry(hosts: TwoHosts, *change: str) -> Iterator[None]:
         hosts.lab.exec("host1", ["mv", f"{file}.true", file], check=True)
 
 
-def test_a_wrong_host_key_is_refused_before_anything_is_said(two_hosts: TwoHosts) -> None:
-    with serving(two_hosts), changed_entry(two_hosts, "hostkey"):
-        done = move(two_hosts, "stays", "--to", "host2", "--transport", "ssh")
+def test_a_wrong_host_key_is_refused_before_anything_is_said(two_hosts: TwoHosts, shared: Running) -> None:
+    with changed_entry(two_hosts, "hostkey"):
+        done = move(two_hosts, shared.name, "--to", "host2", "--transport", "ssh")
         must_fail(done, CONNECTION, "SHA256:", "host add")
 
 
-def test_a_wrong_certificate_is_refused_before_anything_is_said(two_hosts: TwoHosts) -> None:
-    with serving(two_hosts), changed_entry(two_hosts, "certificate"):
-        done = move(two_hosts, "stays", "--to", "host2", "--transport", "stream")
+def test_a_wrong_certificate_is_refused_before_anything_is_said(two_hosts: TwoHosts, shared: Running) -> None:
+    with changed_entry(two_hosts, "certificate"):
+        done = move(two_hosts, shared.name, "--to", "host2", "--transport", "stream")
         must_fail(done, CONNECTION, "SHA256:", "host add")
 
 
-def test_a_target_where_nobody_listens_is_told_as_such(two_hosts: TwoHosts) -> None:
-    with serving(two_hosts), changed_entry(two_hosts, "port", "9"):
-        must_fail(move(two_hosts, "stays", "--to", "host2", "--transport", "stream"), CONNECTION, "port 9")
+def test_a_target_where_nobody_listens_is_told_as_such(two_hosts: TwoHosts, shared: Running) -> None:
+    with changed_entry(two_hosts, "port", "9"):
+        must_fail(move(two_hosts, shared.name, "--to", "host2", "--transport", "stream"), CONNECTION, "port 9")
 
 
 @contextmanager
-def fake_peer(hosts: TwoHosts, behaviour: str) -> Iterator[None]:
-    """In place of host2's agent; with host2's own key, so that it is trusted."""
+def fake_agent(hosts: TwoHosts, behaviour: str) -> Iterator[tuple[str, IO[str]]]:
+    """On host2, with its own key, so that it is trusted: the port, and what it says when it has been reached."""
     process = hosts.lab.popen(
         "host2",
         [sys.executable, "-m", "tests.support.fake_peer", behaviour],
@@ -203,19 +226,48 @@ def fake_peer(hosts: TwoHosts, behaviour: str) -> Iterator[None]:
     with process:
         try:
             assert process.stdout is not None
-            with changed_entry(hosts, "port", process.stdout.readline().strip()):
-                yield
+            yield process.stdout.readline().strip(), process.stdout
         finally:
             process.kill()
 
 
-@pytest.mark.parametrize("behaviour", ["silent", "mute", "garbage", "stuck", "leaves", "lies", "long"])
-def test_a_peer_that_sends_garbage_or_hangs_is_given_up_in_time(two_hosts: TwoHosts, behaviour: str) -> None:
-    with serving(two_hosts), fake_peer(two_hosts, behaviour):
-        begin = time.monotonic()
-        done = move(two_hosts, "stays", "--to", "host2", "--transport", "stream", "--timeout", "5")
-        must_fail(done, CONNECTION, "host2")
-        assert time.monotonic() - begin < 45
+@contextmanager
+def fake_peer(hosts: TwoHosts, behaviour: str) -> Iterator[None]:
+    """In place of host2's agent."""
+    with fake_agent(hosts, behaviour) as (port, _said), changed_entry(hosts, "port", port):
+        yield
+
+
+def is_given_up(hosts: TwoHosts, name: str) -> None:
+    begin = time.monotonic()
+    must_fail(move(hosts, name, "--to", "host2", "--transport", "stream", "--timeout", "5"), CONNECTION, "host2")
+    assert time.monotonic() - begin < 45
+
+
+def test_a_peer_that_sends_garbage_or_hangs_is_given_up_in_time(two_hosts: TwoHosts, shared: Running) -> None:
+    """One that says hello and nothing more has half a minute for its answer. Meanwhile come the others."""
+    with (
+        serving(two_hosts, mib=16) as waits,
+        fake_agent(two_hosts, "stuck") as (port, said),
+        ThreadPoolExecutor() as pool,
+    ):
+        with changed_entry(two_hosts, "port", port):
+            waiting = pool.submit(is_given_up, two_hosts, waits.name)
+            assert said.readline() == "reached\n"
+        for behaviour in ("silent", "mute", "garbage", "leaves", "lies", "long"):
+            with fake_peer(two_hosts, behaviour), said_of(behaviour):
+                is_given_up(two_hosts, shared.name)
+        with said_of("stuck"):
+            waiting.result()
+
+
+@contextmanager
+def said_of(behaviour: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"of a peer that is {behaviour}")
+        raise
 
 
 @contextmanager

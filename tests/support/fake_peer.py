@@ -1,6 +1,6 @@
 """A peer that is trusted and does wrong. Runs on a lab host with that host's own identity.
 
-    python -m tests.support.fake_peer BEHAVIOUR     says its port, then answers connections until it is killed
+    python -m tests.support.fake_peer BEHAVIOUR     says its port, then "reached" at each connection it answers
 
 silent   takes the connection and never says a word
 mute     does the TLS handshake and never says a word
@@ -153,6 +153,7 @@ def main() -> None:
 
     while True:
         connection, _address = listener.accept()
+        print("reached", flush=True)
         threading.Thread(target=serve, args=(connection,), daemon=True).start()
 
 
