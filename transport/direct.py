@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from transport.api import Buffer, Channel, Deadline, Frame, Into, Peer, ProtocolError, TransportError
+from transport.api import Channel, Deadline, Frame, Peer, ProtocolError, TransportError
 from transport.channel import StreamChannel
+from transport.delegating import DelegatingChannel
 from transport.sealed import KEY_BYTES, SealedStream, new_key, supported
 from transport.tcp import accept, dial, listen
 
@@ -113,51 +113,19 @@ def _readable(sock: socket.socket, timeout_s: float) -> bool:
     return bool(poll.poll(timeout_s * 1000))
 
 
-class DirectChannel:
+class DirectChannel(DelegatingChannel):
     """A direct connection, and the session that brought it about, which stays open for as long. Owns both."""
 
     def __init__(self, direct: Channel, session: Channel) -> None:
-        self._direct = direct
+        super().__init__(direct)
         self._session = session
 
-    @property
-    def peer(self) -> Peer:
-        return self._direct.peer
-
-    @property
-    def bytes_sent(self) -> int:
-        return self._direct.bytes_sent
-
-    @property
-    def bytes_received(self) -> int:
-        return self._direct.bytes_received
-
-    def send(self, frame: Frame, *, deadline: Deadline) -> None:
-        self._direct.send(frame, deadline=deadline)
-
-    def send_data(self, tag: int, buffers: Sequence[Buffer], *, deadline: Deadline) -> None:
-        self._direct.send_data(tag, buffers, deadline=deadline)
-
-    def receive(self, *, deadline: Deadline, into: Into | None = None) -> Frame:
-        return self._direct.receive(deadline=deadline, into=into)
-
-    def readable(self, timeout_s: float) -> bool:
-        return self._direct.readable(timeout_s)
-
     def abort(self) -> None:
-        self._direct.abort()
+        super().abort()
         self._session.abort()
 
     def close(self) -> None:
-        self._direct.close()
+        super().close()
         # The other end hears of it on the direct connection, and leaves; the session may be gone already.
         with suppress(TransportError, OSError):
             self._session.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

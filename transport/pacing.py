@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
 
-from transport.api import Buffer, Channel, ChannelClosed, Deadline, DeadlineExpired, Frame, FrameKind, Into, Peer
+from transport.api import Buffer, Channel, ChannelClosed, Deadline, DeadlineExpired, Frame, FrameKind
+from transport.delegating import DelegatingChannel
 from transport.streams import CLOSED_HERE
 
 
@@ -51,26 +50,14 @@ class TokenBucket:
         self._updated_s = now_s
 
 
-class PacedChannel:
+class PacedChannel(DelegatingChannel):
     """A channel whose DATA frames wait for `bucket`. CONTROL frames are counted too but never wait: a COMMIT must not
     queue behind a limit on bandwidth. Owns `inner`."""
 
     def __init__(self, inner: Channel, bucket: TokenBucket) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._bucket: TokenBucket | None = bucket
         self._interrupted = threading.Event()
-
-    @property
-    def peer(self) -> Peer:
-        return self._inner.peer
-
-    @property
-    def bytes_sent(self) -> int:
-        return self._inner.bytes_sent
-
-    @property
-    def bytes_received(self) -> int:
-        return self._inner.bytes_received
 
     def lift(self) -> None:
         """No limit from now on, as in a blackout; a frame that waits already waits its time."""
@@ -78,33 +65,19 @@ class PacedChannel:
 
     def send(self, frame: Frame, *, deadline: Deadline) -> None:
         self._pace(frame.kind, len(frame.body), deadline)
-        self._inner.send(frame, deadline=deadline)
+        super().send(frame, deadline=deadline)
 
     def send_data(self, tag: int, buffers: Sequence[Buffer], *, deadline: Deadline) -> None:
         self._pace(FrameKind.DATA, sum(memoryview(buffer).nbytes for buffer in buffers), deadline)
-        self._inner.send_data(tag, buffers, deadline=deadline)
-
-    def receive(self, *, deadline: Deadline, into: Into | None = None) -> Frame:
-        return self._inner.receive(deadline=deadline, into=into)
-
-    def readable(self, timeout_s: float) -> bool:
-        return self._inner.readable(timeout_s)
+        super().send_data(tag, buffers, deadline=deadline)
 
     def abort(self) -> None:
-        self._inner.abort()
+        super().abort()
         self._interrupted.set()
 
     def close(self) -> None:
         self._interrupted.set()
-        self._inner.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        super().close()
 
     def _pace(self, kind: FrameKind, count: int, deadline: Deadline) -> None:
         bucket = self._bucket

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable
 
-from transport.api import Buffer, Channel, ChannelClosed, Deadline, Frame, Into, Peer, TransportError
+from transport.api import Channel, ChannelClosed, TransportError
+from transport.delegating import DelegatingChannel
 from transport.streams import CLOSED_HERE
 
 
-class RenewableChannel:
+class RenewableChannel(DelegatingChannel):
     """Passes everything to the channel underneath, which it owns. ``cut`` ends that one and ``renew`` puts another in
     its place; ``abort`` and ``close`` are for good, and a channel that comes later is closed at once.
 
@@ -20,7 +19,7 @@ class RenewableChannel:
     """
 
     def __init__(self, inner: Channel) -> None:
-        self._inner = inner
+        super().__init__(inner)
         # Re-entrant because a signal handler may abort while the same thread renews.
         self._lock = threading.RLock()
         self._sent_before = self._received_before = 0
@@ -31,10 +30,6 @@ class RenewableChannel:
     @property
     def inner(self) -> Channel:
         return self._inner
-
-    @property
-    def peer(self) -> Peer:
-        return self._inner.peer
 
     @property
     def bytes_sent(self) -> int:
@@ -63,18 +58,6 @@ class RenewableChannel:
             inner.abort()
             raise ChannelClosed(CLOSED_HERE)
 
-    def send(self, frame: Frame, *, deadline: Deadline) -> None:
-        self._inner.send(frame, deadline=deadline)
-
-    def send_data(self, tag: int, buffers: Sequence[Buffer], *, deadline: Deadline) -> None:
-        self._inner.send_data(tag, buffers, deadline=deadline)
-
-    def receive(self, *, deadline: Deadline, into: Into | None = None) -> Frame:
-        return self._inner.receive(deadline=deadline, into=into)
-
-    def readable(self, timeout_s: float) -> bool:
-        return self._inner.readable(timeout_s)
-
     def abort(self) -> None:
         self.ended = True
         self._inner.abort()
@@ -83,14 +66,6 @@ class RenewableChannel:
         self.ended = True
         self._inner.close()
         self._let_go()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _nothing() -> None:

@@ -18,29 +18,27 @@ from migrate.messages import Commit
 from migrate.observe import Event, MoveEnded
 from migrate.wiring import MoveOptions, move
 from runtime.host import load_host_config
-from transport.api import Buffer, Channel, Deadline, Frame, FrameKind, Into
+from transport.api import Buffer, Channel, Deadline, Frame, FrameKind
+from transport.delegating import DelegatingChannel
 
 PAGE_BYTES = 4096
 
 
-class CorruptingChannel:
+class CorruptingChannel(DelegatingChannel):
     """``inner``, but for pages that a ``memory`` message announces."""
 
     def __init__(self, inner: Channel, *, after_commit: bool) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._after_commit = after_commit
         self._committed = False
         self._announced = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
 
     def send(self, frame: Frame, *, deadline: Deadline) -> None:
         if frame.kind is FrameKind.CONTROL:
             kind = frame.message()["type"]
             self._committed = self._committed or kind == Commit.TYPE
             self._announced = kind == "memory"
-        self._inner.send(frame, deadline=deadline)
+        super().send(frame, deadline=deadline)
 
     def send_data(self, tag: int, buffers: Sequence[Buffer], *, deadline: Deadline) -> None:
         if self._announced and self._committed == self._after_commit:
@@ -48,10 +46,7 @@ class CorruptingChannel:
             for page in range(0, len(changed), PAGE_BYTES):
                 changed[page] ^= 1
             buffers = [changed]
-        self._inner.send_data(tag, buffers, deadline=deadline)
-
-    def receive(self, *, deadline: Deadline, into: Into | None = None) -> Frame:
-        return self._inner.receive(deadline=deadline, into=into)
+        super().send_data(tag, buffers, deadline=deadline)
 
 
 class _Keeping:
@@ -63,8 +58,7 @@ class _Keeping:
 def main(container: str, target: str, mode: Any, when: str) -> int:
     def connecting(*arguments: Any, **options: Any) -> Session:
         session = connect(*arguments, **options)
-        channel: Any = CorruptingChannel(session.channel, after_commit=when == "after")
-        return replace(session, channel=channel)
+        return replace(session, channel=CorruptingChannel(session.channel, after_commit=when == "after"))
 
     options = MoveOptions(mode=mode, transport="stream", allow_postcopy=True, verify=True, compress="none")
     try:

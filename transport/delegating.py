@@ -1,0 +1,54 @@
+"""What a channel that goes over another one has in common with every other such channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from transport.api import Buffer, Channel, Deadline, Frame, Into, Peer
+
+
+class DelegatingChannel:
+    """Passes everything on to `inner`, which it owns. A subclass says what it does otherwise."""
+
+    def __init__(self, inner: Channel) -> None:
+        self._inner = inner
+
+    @property
+    def peer(self) -> Peer:
+        return self._inner.peer
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._inner.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        return self._inner.bytes_received
+
+    def send(self, frame: Frame, *, deadline: Deadline) -> None:
+        self._inner.send(frame, deadline=deadline)
+
+    def send_data(self, tag: int, buffers: Sequence[Buffer], *, deadline: Deadline) -> None:
+        self._inner.send_data(tag, buffers, deadline=deadline)
+
+    def receive(self, *, deadline: Deadline, into: Into | None = None) -> Frame:
+        return self._inner.receive(deadline=deadline, into=into)
+
+    def readable(self, timeout_s: float) -> bool:
+        return self._inner.readable(timeout_s)
+
+    def abort(self) -> None:
+        self._inner.abort()
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
