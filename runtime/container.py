@@ -15,11 +15,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.api import Container, ContainerSpec, ContainerState, Status
-from runtime.cgroup import CgroupLayout, CgroupStats, ContainerCgroup
+from runtime.cgroup import CgroupStats, ContainerCgroup
+from runtime.cgroup_layout import CgroupLayout
 from runtime.errors import Busy, NoRoom, NotFound, RuntimeFault, WrongState
 from runtime.forwarding import forward_ports
 from runtime.handover import must_be_ours_to_start
@@ -29,6 +29,7 @@ from runtime.names import refresh_names
 from runtime.network import ContainerNetwork, ensure_bridge
 from runtime.networks import host_for
 from runtime.ports import refuse_taken_ports
+from runtime.processes import ProcessInfo, read_process, send_signal
 from runtime.rootfs import prepare_upper
 from runtime.sandbox.launch import MonitorLaunch, SandboxOrders, ask_monitor
 from runtime.seccomp import capability_set, default_profile
@@ -39,17 +40,6 @@ from runtime.wire import WireSpec, remove_wires
 LOCK_WAIT_S = 30.0
 KILL_WAIT_S = 10.0
 POLL_S = 0.02
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProcessInfo:
-    """One process of a container; ``pid`` as the container sees it, ``host_pid`` as this host does."""
-
-    pid: int
-    host_pid: int
-    user: str
-    cpu_s: float
-    command: str
 
 
 class Containers:
@@ -365,36 +355,6 @@ def utc_now() -> str:
     """RFC 3339 in UTC with milliseconds."""
     now = datetime.datetime.now(datetime.UTC)
     return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def send_signal(container: Container, number: int) -> None:
-    """To the container's first process and no other: the pid is checked against its start time by a pidfd."""
-    with contextlib.suppress(ProcessLookupError):
-        descriptor = os.pidfd_open(container.state.init_pid)
-        try:
-            if process_start_ticks(container.state.init_pid) == container.state.init_start_ticks:
-                signal.pidfd_send_signal(descriptor, number)
-        finally:
-            os.close(descriptor)
-
-
-def read_process(pid: int) -> ProcessInfo | None:
-    """None when the process has gone meanwhile."""
-    directory = Path(f"/proc/{pid}")
-    try:
-        status = dict(line.split(":\t", 1) for line in (directory / "status").read_text().splitlines() if ":\t" in line)
-        fields = (directory / "stat").read_text().rpartition(")")[2].split()
-        command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return None
-    ticks = int(fields[11]) + int(fields[12])
-    return ProcessInfo(
-        pid=int(status["NSpid"].split()[-1]),
-        host_pid=pid,
-        user=status["Uid"].split()[1],
-        cpu_s=ticks / os.sysconf("SC_CLK_TCK"),
-        command=command or f"[{status['Name']}]",
-    )
 
 
 __all__ = ["Containers", "NotFound", "ProcessInfo", "RuntimeFault", "running_state", "utc_now"]

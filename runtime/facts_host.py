@@ -15,7 +15,7 @@ from pathlib import Path
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from runtime.cgroup import CgroupLayout
+from runtime.cgroup_layout import CgroupLayout
 from runtime.criu.binary import find_criu
 from runtime.criu.features import CriuFeatures, criu_features
 from runtime.errors import RuntimeFault

@@ -121,47 +121,43 @@ class Comparer:
     ) -> NDArray[np.bool_]:
         """For each page whether it is as it was copied; no page at all of an empty ``view``, which can not be read."""
         same = np.zeros(len(known), dtype=np.bool_)
-        at = 0
-        while at < len(view):
-            size = LARGE_BYTES - (address + at) % LARGE_BYTES
-            data = view[at : at + size]
-            pages = slice(at // PAGE_BYTES, (at + len(data)) // PAGE_BYTES)
-            whole = len(data) == LARGE_BYTES
-            digest = xxhash.xxh3_64_intdigest(data) if whole else 0
-            if whole and self._equal_large.get(address + at) == digest:
+        for at, data, pages, digest in _cut(address, view, LARGE_BYTES):
+            if digest is not None and self._equal_large.get(at) == digest:
                 same[pages] = True
                 # Its blocks are as they were, too.
-                for block in range(address + at, address + at + LARGE_BYTES, BLOCK_BYTES):
+                for block in range(at, at + LARGE_BYTES, BLOCK_BYTES):
                     if block in self._equal_blocks:
                         equal_blocks[block] = self._equal_blocks[block]
             else:
-                same[pages] = self._compare(address + at, data, known[pages], equal_blocks)
-            if whole and same[pages].all():
-                equal_large[address + at] = digest
-            at += len(data)
+                same[pages] = self._compare(at, data, known[pages], equal_blocks)
+            if digest is not None and same[pages].all():
+                equal_large[at] = digest
         return same
 
     def _compare(
         self, address: int, view: memoryview, known: Hashes, equal_blocks: dict[int, int]
     ) -> NDArray[np.bool_]:
-        """For each page whether it is as it was copied; no page at all of an empty ``view``, which can not be read."""
+        """As ``_compare_large``, by blocks."""
         same = np.zeros(len(known), dtype=np.bool_)
-        at = 0
-        while at < len(view):
-            # Blocks begin at their own multiples; before the first and after the last there are single pages.
-            size = BLOCK_BYTES - (address + at) % BLOCK_BYTES
-            data = view[at : at + size]
-            pages = slice(at // PAGE_BYTES, (at + len(data)) // PAGE_BYTES)
-            whole = len(data) == BLOCK_BYTES
-            digest = xxhash.xxh3_64_intdigest(data) if whole else 0
-            if whole and self._equal_blocks.get(address + at) == digest:
+        for at, data, pages, digest in _cut(address, view, BLOCK_BYTES):
+            if digest is not None and self._equal_blocks.get(at) == digest:
                 same[pages] = True
             else:
                 same[pages] = hash_pages(data) == known[pages]
-            if whole and same[pages].all():
-                equal_blocks[address + at] = digest
-            at += len(data)
+            if digest is not None and same[pages].all():
+                equal_blocks[at] = digest
         return same
+
+
+def _cut(address: int, view: memoryview, size_bytes: int) -> Iterator[tuple[int, memoryview, slice, int | None]]:
+    """What lies between multiples of ``size_bytes``: address, content, its pages in ``view``, hash of a whole one."""
+    done = 0
+    while done < len(view):
+        at = address + done
+        data = view[done : done + size_bytes - at % size_bytes]
+        digest = xxhash.xxh3_64_intdigest(data) if len(data) == size_bytes else None
+        yield at, data, slice(done // PAGE_BYTES, (done + len(data)) // PAGE_BYTES), digest
+        done += len(data)
 
 
 def _read_all(fd: int, ranges: PageRanges, buffer: bytearray) -> Iterator[tuple[int, memoryview]]:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from runtime.api import Limits
-from runtime.cgroup import CgroupLayout, ContainerCgroup
+from runtime.cgroup import ContainerCgroup
+from runtime.cgroup_layout import CgroupLayout
 from runtime.errors import KernelCallFailed, RuntimeFault, WrongState
 
 HOST = CgroupLayout.probe()

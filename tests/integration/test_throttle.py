@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from runtime.api import Limits
-from runtime.cgroup import CgroupLayout, ContainerCgroup
+from runtime.cgroup import ContainerCgroup
+from runtime.cgroup_layout import CgroupLayout
 from runtime.errors import MissingFeature, ProgramFailed
 from runtime.throttle import CpuThrottle
 
@@ -25,7 +26,8 @@ WAIT_S = 10.0
 VICTIM = f"""
 import sys, time
 sys.path.insert(0, {str(TOP)!r})
-from runtime.cgroup import CgroupLayout, ContainerCgroup
+from runtime.cgroup import ContainerCgroup
+from runtime.cgroup_layout import CgroupLayout
 from runtime.throttle import CpuThrottle
 cgroup = ContainerCgroup(CgroupLayout.probe(), {PARENT!r}, {ID!r})
 throttle = CpuThrottle(cgroup, own_cpus=1.5, silence_s=float(sys.argv[1]))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from runtime.api import Limits
-from runtime.cgroup import CgroupLayout, ContainerCgroup, parse_layout
+from runtime.cgroup import ContainerCgroup
+from runtime.cgroup_layout import CgroupLayout, parse_layout
 from runtime.errors import BadInput, KernelCallFailed, MissingFeature, WrongState
 
 DATA = Path(__file__).parents[2] / "data"
