@@ -1,6 +1,7 @@
 """Life of containers on this host: create, start, exec, stop, remove. What ``cmigrate run|ps|exec|…`` call.
 
-Every change happens under the container's lock, so that two commands at once on one container are serialised.
+Every change happens under the container's lock, so that two commands at once on one container are serialised. What sets
+up networks is imported where it is used: pyroute2 takes a tenth of a second, for which who only looks need not wait.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.api import Container, ContainerSpec, ContainerState, Status
 from runtime.cgroup import CgroupStats, ContainerCgroup
@@ -26,7 +28,6 @@ from runtime.handover import must_be_ours_to_start
 from runtime.host import HostConfig
 from runtime.linux.files import open_in_root
 from runtime.names import refresh_names
-from runtime.network import ContainerNetwork, ensure_bridge
 from runtime.networks import host_for
 from runtime.ports import refuse_taken_ports
 from runtime.processes import ProcessInfo, read_process, send_signal
@@ -34,8 +35,9 @@ from runtime.rootfs import prepare_upper
 from runtime.sandbox.launch import MonitorLaunch, SandboxOrders, ask_monitor
 from runtime.seccomp import capability_set, default_profile
 from runtime.store import ContainerStore, process_start_ticks
-from runtime.wayback import let_expire
-from runtime.wire import WireSpec, remove_wires
+
+if TYPE_CHECKING:
+    from runtime.wire import WireSpec
 
 LOCK_WAIT_S = 30.0
 KILL_WAIT_S = 10.0
@@ -139,6 +141,8 @@ class Containers:
         if spec.ports:
             running = self.list(all_states=False)
             refuse_taken_ports(spec, [other.spec for other in running if other.id != spec.id])
+        from runtime.network import ContainerNetwork, ensure_bridge
+
         host = host_for(self.host, spec.network)
         ensure_bridge(host)
         cgroup = self.cgroup(spec.id)
@@ -229,6 +233,8 @@ class Containers:
                 self._wait_gone(container, KILL_WAIT_S)
             self.clean_up(container.id)
             if container.state.status is not Status.MOVED:  # then they lead to where it lives
+                from runtime.wire import remove_wires
+
                 remove_wires(container.id)
             self.store.remove(container.id)
         self.refresh_names(container.spec, gone=True)
@@ -276,6 +282,9 @@ class Containers:
 
     def clean_up(self, container_id: str) -> None:
         """Remove what a container that does not run may have left in kernel and run directory. Idempotent."""
+        from runtime.network import ContainerNetwork
+        from runtime.wayback import let_expire
+
         cgroup = self.cgroup(container_id)
         cgroup.kill()
         cgroup.wait_empty(KILL_WAIT_S)

@@ -188,8 +188,9 @@ class Running:
         self.host = host
         self._networks = {name: hosts.network_picture(name) for name in HOSTS}
         self.client = hosts.client
-        self.id = str(self.inspect()["spec"]["id"])
-        self.address = str(self.inspect()["spec"]["network"]["address"]).partition("/")[0]
+        spec = self.inspect()["spec"]
+        self.id = str(spec["id"])
+        self.address = str(spec["network"]["address"]).partition("/")[0]
 
     @property
     def other(self) -> str:
