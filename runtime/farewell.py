@@ -26,13 +26,16 @@ class Farewell:
     """``get_ready`` when the container's namespace is there, ``say`` when it runs, ``close``."""
 
     def __init__(self, network: NetworkSpec | None) -> None:
-        self._own = own_addresses(network)
+        self._network = network
         self._connections: tuple[TcpConnection, ...] = ()
         self._sockets: dict[socket.AddressFamily, socket.socket] = {}
 
     def get_ready(self, init_pid: int, connections: Sequence[TcpConnection]) -> None:
-        """Those of other addresses than the container's are left out. Raises OSError."""
-        ours = (one for one in connections if one.local in self._own or one.local.is_loopback)
+        """Those of other addresses than the container's are left out. Raises OSError, BadInput."""
+        if not connections:
+            return
+        own = own_addresses(self._network)
+        ours = (one for one in connections if one.local in own or one.local.is_loopback)
         self._connections = tuple(one for one in ours if one.local.version == one.remote.version)
         self._sockets = open_raw(init_pid, {family_of(one.remote) for one in self._connections})
 

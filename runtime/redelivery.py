@@ -11,7 +11,7 @@ from pathlib import Path
 
 from runtime.api import NetworkSpec
 from runtime.datagrams import FILE, MAX_FILE_BYTES, Datagram, frames, from_file, packets
-from runtime.errors import CorruptData
+from runtime.errors import BadInput, CorruptData
 from runtime.linux.inet_diag import Address
 from runtime.network import in_network_namespace, link_name
 
@@ -20,9 +20,12 @@ _UNBOUNDED = 1 << 17
 
 
 def own_addresses(network: NetworkSpec | None) -> frozenset[Address]:
-    """The container's, but for loopback."""
+    """The container's, but for loopback. Raises BadInput."""
     given = (network.address, network.address6) if network is not None else ()
-    return frozenset(ipaddress.ip_interface(address).ip for address in given if address)
+    try:
+        return frozenset(ipaddress.ip_interface(address).ip for address in given if address)
+    except ValueError as error:
+        raise BadInput(f"network of the container: {error}") from error
 
 
 class Redelivery:
@@ -30,16 +33,16 @@ class Redelivery:
 
     def __init__(self, container_id: str, network: NetworkSpec | None) -> None:
         self._link = link_name(container_id)
-        self._mac = bytes.fromhex(network.mac.replace(":", "")) if network is not None else b""
-        self._own = own_addresses(network)
+        self._network = network
+        self._mac = b""
+        self._own: frozenset[Address] = frozenset()
         self._orders: list[tuple[socket.AddressFamily, bytes, tuple[str, int]]] = []
         """What to send by which socket, and where to, in the order in which it waited."""
         self._sockets: dict[socket.AddressFamily, socket.socket] = {}
-        self.delivered = 0
-        """Frames and packets that were sent."""
 
     def get_ready(self, images: Path) -> None:
-        """Make what is to be sent, from the file that came with the images, if there is one. Raises CorruptData."""
+        """Make what is to be sent, from the file that came with the images, if there is one. Raises CorruptData, and
+        BadInput for an address that is none."""
         file = images / FILE
         try:
             if file.stat().st_size > MAX_FILE_BYTES:
@@ -47,6 +50,9 @@ class Redelivery:
             datagrams = from_file(file.read_bytes())
         except FileNotFoundError:
             return
+        self._own = own_addresses(self._network)
+        if self._network is not None:
+            self._mac = bytes.fromhex(self._network.mac.replace(":", ""))
         self._orders = [order for number, one in enumerate(datagrams, 1) for order in self._orders_for(number, one)]
         if socket.AF_PACKET in self._families():
             kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
@@ -74,7 +80,6 @@ class Redelivery:
         for family, packet, to in self._orders:
             with contextlib.suppress(OSError):
                 self._sockets[family].sendto(packet, to)
-                self.delivered += 1
         self._orders = []
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from runtime.api import NetworkSpec
@@ -63,29 +63,41 @@ class UdpQueues:
         if self._table is None:
             return Waiting(unseen=True)
         sockets = self._table.all()
-        full = {one.inode: one for one in sockets if one.waiting and one.inode}
-        if not full:
+        if not any(one.waiting for one in sockets):
             return Waiting()
-        listeners = Counter(one.local_port for one in sockets)
-        carried: list[Datagram] = []
-        lost = size_bytes = 0
-        for inode, queue in copies(self._pids(), full):
-            with contextlib.closing(queue), contextlib.closing(_waiting_in(queue, full[inode])) as found:
-                for one in found:
-                    if not finds_its_way(one, full[inode], self._own, listeners):
-                        lost += 1
-                        continue
-                    size_bytes += len(one.data)
-                    if len(carried) >= MAX_DATAGRAMS or size_bytes > MAX_BYTES:
-                        return Waiting(datagrams=tuple(carried), cut=True)
-                    carried.append(one)
-        return Waiting(datagrams=tuple(carried), lost=lost)
+        return waiting_in(self._pids(), sockets, self._own)
 
     def close(self) -> None:
         """Idempotent."""
         if self._table is not None:
             self._table.close()
             self._table = None
+
+
+def waiting_in(
+    pids: Iterable[int],
+    sockets: Sequence[InetSocket],
+    own: frozenset[Address],
+    *,
+    most: int = MAX_DATAGRAMS,
+    most_bytes: int = MAX_BYTES,
+) -> Waiting:
+    """What these processes' sockets hold. ``sockets`` are all there are beside each other. Raises KernelCallFailed."""
+    full = {one.inode: one for one in sockets if one.waiting and one.inode}
+    listeners = Counter(one.local_port for one in sockets)
+    carried: list[Datagram] = []
+    lost = size_bytes = 0
+    for inode, queue in copies(pids, full):
+        with contextlib.closing(queue), contextlib.closing(_datagrams_in(queue, full[inode])) as found:
+            for one in found:
+                if not finds_its_way(one, full[inode], own, listeners):
+                    lost += 1
+                    continue
+                size_bytes += len(one.data)
+                if len(carried) >= most or size_bytes > most_bytes:
+                    return Waiting(datagrams=tuple(carried), cut=True)
+                carried.append(one)
+    return Waiting(datagrams=tuple(carried), lost=lost)
 
 
 def copies(pids: Iterable[int], wanted: Mapping[int, object]) -> Iterator[tuple[int, socket.socket]]:
@@ -115,7 +127,7 @@ def _copy(pid: int, descriptor: int) -> socket.socket:
         os.close(pidfd)
 
 
-def _waiting_in(queue: socket.socket, known: InetSocket) -> Generator[Datagram, None, None]:
+def _datagrams_in(queue: socket.socket, known: InetSocket) -> Generator[Datagram, None, None]:
     for source, source_port, destination, data in peek(queue):
         yield Datagram(
             source=source,

@@ -1,5 +1,6 @@
 """Looking at what waits in a UDP socket: this kernel's, over loopback."""
 
+import dataclasses
 import os
 import socket
 import struct
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from runtime.linux.udp_queue import SO_PEEK_OFF, UDP_GRO, UdpTable, peek
-from runtime.udp_queues import copies
+from runtime.udp_queues import copies, waiting_in
 
 UDP_SEGMENT = 103  # linux/udp.h
 SENT = [b"one", b"", b"two" * 20000, b"", b"", b"three"]
@@ -131,3 +132,28 @@ def test_a_process_socket_is_copied_once_and_others_are_left_alone() -> None:
             found[0][1].close()
         finally:
             os.close(again)
+
+
+def test_what_is_more_than_may_be_carried_is_cut_and_what_can_not_come_again_is_counted() -> None:
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as two,
+    ):
+        one.bind(("127.0.0.1", 0))
+        for number in range(5):
+            two.sendto(b"%d" % number, one.getsockname())
+        with UdpTable() as table:
+            (known,) = [found for found in table.all() if found.inode == inode_of(one)]
+        pids, own = [os.getpid()], frozenset({known.local})
+
+        def seen(**limits: int) -> tuple[list[bytes], int, bool]:
+            found = waiting_in(pids, [known], own, **limits)
+            return [datagram.data for datagram in found.datagrams], found.lost, found.cut
+
+        assert seen() == ([b"0", b"1", b"2", b"3", b"4"], 0, False)
+        assert seen(most=5, most_bytes=5) == seen()
+        assert seen(most=3) == ([b"0", b"1", b"2"], 0, True)
+        assert seen(most_bytes=4) == ([b"0", b"1", b"2", b"3"], 0, True)
+        stranger = dataclasses.replace(known, remote=known.local, remote_port=9)
+        assert waiting_in(pids, [stranger], own).lost == 5
+        assert waiting_in(pids, [], own).datagrams == ()
