@@ -65,7 +65,8 @@ def test_a_pause_of_a_datagram_service_is_its_longest_gap_and_nothing_is_lost() 
     with datagrams(pause_once) as address:
         seen = seen_by(ask("udp", address), 0.4)
     assert (seen["failed"], seen["resets"]) == (0, 0)
-    assert PAUSE_S * 1000 <= seen["downtime_ms"] < PAUSE_S * 1000 + 30 + seen["probe_late_ms"]
+    # Late by as much at either end of the gap, the probe sees it longer or shorter.
+    assert abs(seen["downtime_ms"] - PAUSE_S * 1000) < 30 + seen["probe_late_ms"]
     assert sum(seen["gaps_ms"].values()) == seen["requests"] > 30
 
 
