@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from migrate.journal import Journal, boot_id
-from migrate.observe import Observer, Warning
+from migrate.journal import Journal, MoveJournal, boot_id
+from migrate.observe import Observer, Silent, Warning
 from runtime.api import Container, Status
 from runtime.container import Containers
 from runtime.errors import MissingFeature, RuntimeFault
-from runtime.kept import keep, lead_ports_away
+from runtime.host import HostConfig
+from runtime.kept import keep, lead_ports_away, lives
 from runtime.wire import WireSpec
 
 # The alarm of a window must not find it open still.
@@ -79,6 +80,23 @@ def keep_copy(
     after_s = window.seconds + ALARM_GRACE_S if window.seconds else 0.0
     keep(containers, container, moved_to=target, move_id=move_id, until=until, after_s=after_s, argv=argv)
     _lead_ports(lambda: lead_ports_away(containers, container, wire), observer)
+
+
+def keep_of_lost(
+    host: HostConfig, journal: MoveJournal, containers: Containers, container: Container, target: str
+) -> bool:
+    """Of a move whose mover is gone, and whose container was lost on the target: whether its copy here is kept now, as
+    the operator wanted. The window begins only here. Raises RuntimeFault or OSError, and may be called again then."""
+    seconds = journal.records[0].details.get("undo_window_s")
+    alive = lives(container) and containers.cgroup(container.id).frozen()
+    if not isinstance(seconds, (int, float)) or seconds <= 0 or not alive:
+        return False
+    window = UndoWindow(seconds=seconds)
+    # Not the other way round: with the record the next contact would not come here again.
+    keep_copy(containers, container, target, journal.move_id, window, Silent())
+    with Journal(host.journal_dir, journal.move_id, side="source", epoch=journal.records[-1].epoch) as file:
+        file.append("KEEPING", window.begin())
+    return True
 
 
 def note_rolled_back(journal: Journal, observer: Observer) -> None:

@@ -119,7 +119,7 @@ class RemoteFeed:
             raise self._death
 
     def let_source_come_back(self) -> None:
-        """COMMIT is on this disk: from here on the source may come back on another link, while something is missing."""
+        """COMMIT has come: from here on the source may come back on another link, while something is missing."""
         # Nothing of what a full disk or directory does to a door is worth the container.
         with self._speaking, contextlib.suppress(OSError):
             if not self._whole_said and self._death is None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from migrate import machine
 from migrate.arrivals import at_work, settle_arrival, undo_refused
 from migrate.asking import ask
+from migrate.departure import keep_of_lost
 from migrate.errors import MigrateError
 from migrate.giving_back import finish
 from migrate.journal import MoveJournal, close_journal, read_all
@@ -161,18 +162,34 @@ def _settle_doubt(
         state = ask(host, target, journal.move_id, journal.records[-1].epoch)
     except (TransportError, MigrateError, RuntimeFault) as error:
         return f"move {journal.move_id} of {name} is in doubt, its copy here stays frozen: {error}"
-    if state in ("running", "lost"):
+    if state == "lost":
+        return _settle_loss(host, journal, containers, container, target)
+    if state == "running":
         drop_copy(containers, container.id)
         close_journal(host.journal_dir, journal, machine.Phase.DONE)
-        if state == "lost":
-            report_loss_of(host, journal, name, source=host.name, target=target, why="the mover on the source died")
-        what = "runs on" if state == "running" else "was lost, for its memory did not all arrive; its files are on"
-        return f"move {journal.move_id}: {name} {what} {target}"
+        return f"move {journal.move_id}: {name} runs on {target}"
     if state == "refused":
         close_journal(host.journal_dir, journal, machine.Phase.RECLAIMED)
         wake_after_dead_dump(containers, container)
         return f"move {journal.move_id}: {target} refused, {name} runs on here"
     return f"move {journal.move_id} of {name} is in doubt: {target} says {state}; ask again in a minute"
+
+
+def _settle_loss(
+    host: HostConfig, journal: MoveJournal, containers: Containers, container: Container, target: str
+) -> str:
+    """Nothing of it runs there. What is here is kept for a while if that was asked for."""
+    name = container.name
+    told = f"move {journal.move_id}: {name} was lost, for its memory did not all arrive; "
+    try:
+        kept = keep_of_lost(host, journal, containers, container, target)
+    except (RuntimeFault, OSError) as error:
+        return f"{told}its copy stays frozen here, and can not be kept to be run again now: {error}"
+    if not kept:
+        drop_copy(containers, container.id)
+        close_journal(host.journal_dir, journal, machine.Phase.DONE)
+    report_loss_of(host, journal, name, source=host.name, target=target, why="the mover on the source died")
+    return f"{told}its copy is kept here: `cmigrate undo {name}`" if kept else f"{told}its files are on {target}"
 
 
 def drop_copy(containers: Containers, container_id: str) -> None:

@@ -236,7 +236,8 @@ class SourceMove:
 
     def _journal_prepared(self) -> None:
         details = {"container": self._container.id, "mode": self._mode, "target": self._session.entry.name}
-        self._write("PREPARED", {**details, "came_by": self._containers.store.came_by(self._container.id)})
+        window = {"undo_window_s": self._window.seconds} if self._window is not None else {}
+        self._write("PREPARED", {**details, **window, "came_by": self._containers.store.came_by(self._container.id)})
 
     def _write(self, phase: str, details: Mapping[str, Any] | None = None) -> None:
         self._journal.append(phase, details)

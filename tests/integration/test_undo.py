@@ -254,11 +254,12 @@ def test_a_frozen_copy_that_a_mover_left_after_its_end_is_not_in_the_way_of_a_mo
         assert ask(connection) == 2
 
 
-def test_one_that_post_copy_would_lose_comes_back_where_its_copy_is_kept(two_hosts: TwoHosts) -> None:
+@pytest.mark.parametrize("killed", ["pager", "mover"])
+def test_one_that_post_copy_would_lose_comes_back_where_its_copy_is_kept(two_hosts: TwoHosts, killed: str) -> None:
     program = "import os, time; kept = os.urandom(40 << 20); print(len(kept), flush=True); time.sleep(1000)"
     options = ("--mode", "postcopy", "--allow-postcopy", "--transport", "stream", "--compress", "none")
     # Memory takes half a minute to follow, of which nobody waits for more than a moment.
-    slow = ("--bandwidth", "10mbit", "--on-unhealthy", "return", "--health-cmd", "true")
+    slow = ("--bandwidth", "10mbit", "--on-unhealthy", "return", "--health-cmd", "true", "--undo-window", "600")
     with nothing_left_on(two_hosts, *HOSTS):
         words = ("--restart", "always", "--name", NAME, "--rootfs", "host", "--", "python3", "-c", program)
         two_hosts.cmigrate("host1", "run", "-d", *words)
@@ -267,10 +268,15 @@ def test_one_that_post_copy_would_lose_comes_back_where_its_copy_is_kept(two_hos
             command = ["cmigrate", "move", NAME, "--to", "host2", *options, *slow]
             mover = two_hosts.lab.popen("host1", command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             until(lambda: last_record(two_hosts, "host2")[2] == "RESUMED")
-            os.kill(pager(), signal.SIGKILL)
+            os.kill(mover.pid if killed == "mover" else pager(), signal.SIGKILL)
             _, told = mover.communicate(timeout=WAIT_S)
-            assert mover.returncode == ROLLED_BACK, told
-            assert "lost" in told
+            if killed == "mover":
+                assert "undo" in two_hosts.cmigrate("host1", "resolve", NAME).stdout
+                assert statuses(two_hosts)[0] == "kept"
+                two_hosts.cmigrate("host1", "undo", NAME)
+            else:
+                assert mover.returncode == ROLLED_BACK, told
+                assert "lost" in told
             assert statuses(two_hosts) == ["running", ""]
         finally:
             for host in HOSTS:

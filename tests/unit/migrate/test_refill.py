@@ -18,7 +18,7 @@ from migrate import messages
 from migrate.errors import ContainerLost, MoveRefused
 from migrate.inventory import HostEntry
 from migrate.links import Session
-from migrate.observe import Event
+from migrate.observe import Silent
 from migrate.outgoing import Outgoing, Pace
 from migrate.postcopy_source import KeptMemory
 from migrate.postcopy_target import MISSING_MARK, RemoteFeed
@@ -56,14 +56,6 @@ def pair(faults: Faults) -> tuple[Channel, Channel]:
         StreamChannel(near, Peer(name="host2", transport="stream", detail="")),
         StreamChannel(far, Peer(name="host1", transport="stream", detail="")),
     )
-
-
-class Silent:
-    def __init__(self) -> None:
-        self.kinds: list[str] = []
-
-    def on_event(self, event: Event) -> None:
-        self.kinds.append(event.KIND)
 
 
 class PagerStandIn:
