@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -270,24 +270,10 @@ def said_of(behaviour: str) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def started_move(hosts: TwoHosts, mode: str, transport: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """The command in the background, in a group of its own as a shell would start it; over when the block is."""
-    argv = ["cmigrate", "move", "stays", "--to", "host2", "--mode", mode, "--transport", transport, *options]
-    process: subprocess.Popen[str] = hosts.lab.popen(
-        "host1",
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def started_move(
+    hosts: TwoHosts, mode: str, transport: str, *options: str
+) -> AbstractContextManager["subprocess.Popen[str]"]:
+    return hosts.moving("stays", "--mode", mode, "--transport", transport, *options)
 
 
 def finish(going: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:

@@ -32,22 +32,8 @@ def container(two_hosts: TwoHosts) -> Iterator[Running]:
             running.remove()
 
 
-@contextlib.contextmanager
-def moving(hosts: TwoHosts, *options: str) -> Iterator["subprocess.Popen[str]"]:
-    process = hosts.lab.popen(
-        "host1",
-        ["cmigrate", "move", NAME, "--to", "host2", "--mode", "diskless", "--transport", "stream", *options],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def moving(hosts: TwoHosts, *options: str) -> contextlib.AbstractContextManager["subprocess.Popen[str]"]:
+    return hosts.moving(NAME, "--mode", "diskless", "--transport", "stream", *options)
 
 
 def last_phase(hosts: TwoHosts, host: str) -> str:

@@ -122,6 +122,25 @@ class TwoHosts:
             )
         return done
 
+    @contextmanager
+    def moving(self, name: str, *options: str) -> Iterator["subprocess.Popen[str]"]:
+        """A move from host1 to host2 in the background, in a group of its own as a shell would start it; over when the
+        block is."""
+        process: subprocess.Popen[str] = self.lab.popen(
+            "host1",
+            ["cmigrate", "move", name, "--to", "host2", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        with process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
     def lines(self, host: str, *arguments: str) -> list[dict[str, Any]]:
         """Standard output as lines of JSON."""
         return [json.loads(line) for line in self.cmigrate(host, *arguments).stdout.splitlines()]
