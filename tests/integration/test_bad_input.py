@@ -318,6 +318,15 @@ CASES = [
 ]
 
 
+@contextmanager
+def taking_long(hosts: TwoHosts, moment: str) -> Iterator[Running]:
+    """To move, at this moment of the move."""
+    with serving(hosts, mib=300 if moment == "frozen" else MEMORY_MIB) as container:
+        if moment == "copying":
+            container.exec("sh", "-c", "head -c 200000000 /dev/urandom >/var/tmp/large")
+        yield container
+
+
 def sessions_on(hosts: TwoHosts, host: str) -> list[int]:
     """Processes of the agent that talk with a peer at the moment: of either transport."""
     lines = [line.split() for line in hosts.picture(host)["process"]]
@@ -332,8 +341,7 @@ def is_session(pid: int) -> bool:
 
 @pytest.mark.parametrize(("moment", "mode", "transport"), CASES)
 def test_ctrl_c_leaves_the_container_on_the_source(two_hosts: TwoHosts, moment: str, mode: str, transport: str) -> None:
-    with serving(two_hosts, mib=300) as container:
-        container.exec("sh", "-c", "head -c 200000000 /dev/urandom >/var/tmp/large")
+    with taking_long(two_hosts, moment) as container:
         with started_move(two_hosts, mode, transport) as going:
             wait_for(lambda: MOMENTS[moment](two_hosts, container.id), going)
             os.killpg(going.pid, signal.SIGINT)
@@ -357,8 +365,7 @@ def test_ctrl_c_with_half_a_frame_on_the_link_does_not_leave_the_target_waiting(
 def test_a_target_agent_that_is_killed_in_the_middle_leaves_the_container_on_the_source(
     two_hosts: TwoHosts, moment: str, mode: str, transport: str
 ) -> None:
-    with serving(two_hosts, mib=300) as container:
-        container.exec("sh", "-c", "head -c 200000000 /dev/urandom >/var/tmp/large")
+    with taking_long(two_hosts, moment) as container:
         # Else it would begin again: test_reconnect.
         with started_move(two_hosts, mode, transport, "--reconnect-for", "0") as going:
             wait_for(lambda: MOMENTS[moment](two_hosts, container.id), going)
