@@ -111,7 +111,7 @@ def status_text(container: Container, now: float) -> str:
 
 def table_row(container: Container, now: float, *, full: bool = False) -> tuple[str, ...]:
     spec = container.spec
-    command = shlex.join(spec.argv)
+    command = " ".join(shlex.join(spec.argv).splitlines())
     if len(command) > COMMAND_WIDTH and not full:
         command = command[: COMMAND_WIDTH - 1] + "…"
     return (

@@ -179,6 +179,12 @@ def test_a_row_of_ps_is_short_unless_asked() -> None:
     assert table_row(RUNNING, NOW, full=True)[2] == "nginx -g 'daemon off; worker_processes 2;'"
 
 
+def test_a_program_of_several_lines_is_one_row_of_ps() -> None:
+    spec = dataclasses.replace(RUNNING.spec, argv=("python3", "-c", "import os\nos.pause()"))
+    row = table_row(dataclasses.replace(RUNNING, spec=spec), NOW, full=True)
+    assert row[2] == "python3 -c 'import os os.pause()'"
+
+
 def test_a_line_of_ps_has_what_a_script_needs() -> None:
     line = container_line(RUNNING)
     assert line["type"] == "container"
