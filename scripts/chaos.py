@@ -23,7 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.chaos_faults import FAULTS, MOMENTS, Going, fault
+from scripts.chaos_faults import (
+    FAULTS,
+    MOMENTS,
+    NOT_IN_A_WINDOW,
+    WINDOW_RECORDS,
+    Going,
+    fault,
+    known_journals,
+)
 from scripts.chaos_judge import NAME, Judge, Pictures, run_counter
 from tests.support.lab import HOSTS, TwoHosts, lab_of_two_hosts, nothing_left_on
 
@@ -42,7 +50,8 @@ MENDED = ("sshd", "reset", "link", "agent")
 REFILLED = ("sshd", "reset", "link")
 """Nor any of these after the switch, while memory follows."""
 STARTED = ("COMMIT_LOGGED", "RESUMED", "CONFIRMED")
-RUNNING, GONE = "running", ("", "moved", "exited", "stopped")
+RUNNING, KEPT, GONE = "running", "kept", ("", "moved", "exited", "stopped")
+WINDOW = ("--undo-window", "900")
 
 
 @dataclass(kw_only=True)
@@ -64,6 +73,11 @@ class Case:
     lost: bool = False
     settled_s: float = 0.0
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def takes_back(self) -> bool:
+        """The fault comes while it is taken back after a move without one."""
+        return self.moment in WINDOW_RECORDS and self.moment != "KEEPING"
 
     @property
     def may_be_lost(self) -> bool:
@@ -103,9 +117,16 @@ class Chaos:
 
     def run(self, case: Case) -> None:
         consent = ("--allow-postcopy",) if case.mode in CONSENT else ()
-        words = ("move", NAME, "--to", self.other, "--mode", case.mode, "--transport", case.transport, "--json")
+        words: tuple[str, ...] = ("move", NAME, "--to", self.other, "--mode", case.mode, "--transport", case.transport)
+        words = (*words, "--json", *consent, *(WINDOW if case.moment in WINDOW_RECORDS else ()))
         self._new_lines_of_agents()
-        going = Going(self.hosts, self.at, self.other, (*words, *consent))
+        known = known_journals(self.hosts, *HOSTS)
+        if case.takes_back:
+            self.hosts.cmigrate(self.at, *words)
+            self._must_go_on()
+            self.judge.may_go_back(True)
+            words = ("undo", NAME)
+        going = Going(self.hosts, self.at, self.other, words, known)
         try:
             if going.wait_for(case.moment):
                 time.sleep(case.delay_s)
@@ -115,6 +136,13 @@ class Chaos:
             if not going.wait(MOVE_TIMEOUT_S):
                 case.problems.append("the mover did not end")
         case.exit_code = going.process.returncode
+        if case.takes_back:
+            case.outcome = "returned" if case.exit_code == 0 else ""
+            said = "".join(going.errors)
+            if "Traceback" in said or (case.exit_code and not case.hit):
+                case.problems.append(f"undo ended with {case.exit_code}: {said[-2000:]}")
+            self._judge_hosts(case, going)
+            return
         report: dict[str, Any] = {}
         with contextlib.suppress(ValueError, IndexError):
             report = json.loads(going.lines[-1])
@@ -150,16 +178,22 @@ class Chaos:
                 said = [done.stdout + done.stderr for done in resolved]
                 case.problems.append(f"not settled: {states}, numbers {self.judge.ask()}, resolve says {said}")
                 break
-        if ran_there and case.mode in CONSENT and case.fault in REFILLED and case.outcome != "migrated":
+        if (
+            ran_there
+            and case.mode in CONSENT
+            and case.fault in REFILLED
+            and case.outcome not in ("migrated", "returned")
+        ):
             case.problems.append(f"the link was not mended after the switch: {case.outcome}")
         case.settled_s = round(time.monotonic() - begin, 2)
         if case.lost:
             self._must_be_told(case, going.move_id())
             self.remove()
         elif case.runs_on:
-            self.at = case.runs_on
             if case.outcome == "migrated" and case.runs_on != going.target:
                 case.problems.append(f"migrated, and it runs on {case.runs_on}")
+            self._end_window(case, going)
+            self.at = case.runs_on
         # A session behind a cut link ends when the kernel has sent its peer's farewell again, or keepalive gives up.
         grace_s = LINK_GRACE_S if "link" in case.hit else GRACE_S
         if left := self.pictures.left(self.id, case.runs_on, grace_s):
@@ -170,6 +204,21 @@ class Chaos:
             self.judge.wrong = []
         case.problems += [line for line in self._new_lines_of_agents() if "Traceback" in line or "internal" in line]
 
+    def _end_window(self, case: Case, going: Going) -> None:
+        """What was taken back has come back, whatever died; what is still kept is taken back or given up, in turn."""
+        if "RETURNING" in going.reached("source") and case.runs_on != going.source:
+            case.problems.append(f"it was to come back, and runs on {case.runs_on}")
+        if self._status(going.source) == KEPT:
+            back = case.number % 2 == 0
+            self.judge.may_go_back(back)
+            done = self.hosts.cmigrate(going.source, "undo", NAME, *(() if back else ("--forget",)), check=False)
+            if done.returncode:
+                case.problems.append(f"undo ended with {done.returncode}: {done.stderr}")
+            elif not self.judge.goes_on(20.0):
+                case.problems.append("no numbers after the window")
+            case.runs_on = going.source if back else case.runs_on
+        self.judge.may_go_back(False)
+
     def _settled(self, case: Case, ran_there: bool) -> bool:
         """Give each host its next command, and see whether one runs the container, or none can."""
         for host in HOSTS:
@@ -177,6 +226,11 @@ class Chaos:
             self.hosts.cmigrate(host, "move", NAME, "--to", other, "--mode", "diskless", "--dry-run", check=False)
         states = {host: self._status(host) for host in HOSTS}
         running = [host for host in HOSTS if states[host] == RUNNING]
+        if not running and KEPT in states.values() and case.may_be_lost:
+            # What post-copy has lost there is kept here.
+            self.judge.may_go_back(True)
+            kept_on = next(host for host in HOSTS if states[host] == KEPT)
+            self.hosts.cmigrate(kept_on, "undo", NAME, check=False)
         if len(running) == 1 and self.judge.goes_on(2.0):
             case.runs_on = running[0]
             return True
@@ -219,7 +273,9 @@ def cases(
     for number in range(count):
         mode, fault = pairs[number % len(pairs)]
         moment = chance.choice(moments or MOMENTS)
-        while moment == "rounds" and mode in ("stopcopy", "diskless"):
+        while (moment == "rounds" and mode in ("stopcopy", "diskless")) or (
+            moment in WINDOW_RECORDS and fault in NOT_IN_A_WINDOW
+        ):
             moment = chance.choice(MOMENTS)
         longest_s = {"start": WHOLE_MOVE_S, "frozen": BLACKOUT_S}.get(moment, AFTER_RECORD_S)
         yield Case(
@@ -274,7 +330,7 @@ def summary(done: list[Case]) -> dict[str, Any]:
 def line_of(case: Case) -> str:
     return (
         f"{case.number:5} {case.mode:9} {case.transport:7} {case.fault:12} "
-        f"{case.moment:13} + {case.delay_s * 1000:4.0f} ms {'hit' if case.hit else '   '} -> {case.exit_code:4} "
+        f"{case.moment:15} + {case.delay_s * 1000:4.0f} ms {'hit' if case.hit else '   '} -> {case.exit_code:4} "
         f"{case.outcome or '-':12} {'lost' if case.lost else 'on ' + (case.runs_on or 'nowhere')}, "
         f"settled in {case.settled_s:.1f} s" + "".join(f"\n    PROBLEM {problem}" for problem in case.problems)
     )

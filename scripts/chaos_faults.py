@@ -50,20 +50,30 @@ RECORDS = {
     "DONE": "source",
     "CONFIRMED": "target",
 }
-MOMENTS = ("start", *PHASES, "frozen", *RECORDS)
+# Of a container whose copy is kept: the first when it is moved, the others when it is taken back. Side and record.
+WINDOW_RECORDS = {
+    "KEEPING": ("source", "KEEPING"),
+    "RETURNING": ("source", "RETURNING"),
+    "RETURNING-there": ("target", "RETURNING"),
+    "RETURNED": ("target", "RETURNED"),
+    "TAKEN_BACK": ("source", "TAKEN_BACK"),
+}
+MOMENTS = ("start", *PHASES, "frozen", *RECORDS, *WINDOW_RECORDS)
+NOT_IN_A_WINDOW = ("criu-source", "criu-target", "pager")
+"""There is none any more."""
 
 
 class Going:
-    """One `cmigrate move --json` under way: its events as they come, and its journals."""
+    """One `cmigrate move --json` under way: its events as they come, and its journals; or an `undo` of it. ``known``:
+    journals of earlier moves."""
 
-    def __init__(self, hosts: TwoHosts, source: str, target: str, words: tuple[str, ...]) -> None:
+    def __init__(
+        self, hosts: TwoHosts, source: str, target: str, words: tuple[str, ...], known: set[Path] | None = None
+    ) -> None:
         self._hosts = hosts
         self.source, self.target = source, target
-        self._journals = {
-            side: hosts.lab.directory / host / "state" / "journal"
-            for side, host in (("source", source), ("target", target))
-        }
-        self._known = {path for directory in self._journals.values() for path in directory.glob("*")}
+        self._journals = {"source": journals_of(hosts, source), "target": journals_of(hosts, target)}
+        self._known = known_journals(hosts, source, target) if known is None else known
         self.process = hosts.lab.popen(
             source,
             ["cmigrate", *words],
@@ -131,8 +141,16 @@ class Going:
             names = ("cgroup.events", "freezer.state")
             files = [file for name in names for file in Path("/sys/fs/cgroup").glob(f"**/{parent}/*/{name}")]
             return lambda: any(map(_is_frozen, files))
-        side = RECORDS[moment]
-        return lambda: moment in self.reached(side)
+        side, record = WINDOW_RECORDS.get(moment) or (RECORDS[moment], moment)
+        return lambda: record in self.reached(side)
+
+
+def journals_of(hosts: TwoHosts, host: str) -> Path:
+    return hosts.lab.directory / host / "state" / "journal"
+
+
+def known_journals(hosts: TwoHosts, *names: str) -> set[Path]:
+    return {path for name in names for path in journals_of(hosts, name).glob("*")}
 
 
 @contextlib.contextmanager

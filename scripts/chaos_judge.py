@@ -48,15 +48,18 @@ while True:
         pass
     time.sleep(0.001)
 """
-# Answers each line on stdin with what it has counted. Numbers bear the time at which they were sent (a lab's hosts have
-# one clock), for a link that comes back delivers what waited for it after what did not. One that comes twice, or was
-# sent later than a larger one, means that two copies run, or one from an old state; so does one of an earlier life.
+# Answers each empty line on stdin with what it has counted. Numbers bear the time at which they were sent (a lab's
+# hosts have one clock), for a link that comes back delivers what waited for it after what did not. One that comes
+# twice, or was sent later than a larger one, means that two copies run, or one from an old state; so does one of an
+# earlier life. Between "back" and "stay" the container may begin again, once, with a number that has come before: from
+# then on nothing of what it was may be sent any more.
 JUDGE = """
 import bisect, json, select, socket, sys
 inbox = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 inbox.setsockopt(socket.SOL_SOCKET, 33, 1 << 24)  # SO_RCVBUFFORCE
 inbox.bind(("", 9999))
-life = count = missing = 0
+life = count = missing = back_at = 0
+may_go_back = False
 seen = []
 wrong = []
 print("ready", flush=True)
@@ -67,7 +70,12 @@ while True:
         its, number, at = map(int, words[:3])
         count += 1
         if its > life:
-            life, seen = its, [(number, at)]
+            life, seen, back_at = its, [(number, at)], 0
+            continue
+        if may_go_back and number <= seen[-1][0] and at > max(at for _number, at in seen):
+            seen, back_at, may_go_back = [(number, at)], at, False
+            continue
+        if at < back_at:
             continue
         place = bisect.bisect_left(seen, (number, 0))
         before = seen[place - 1] if place else (0, 0)
@@ -79,8 +87,10 @@ while True:
         else:
             seen.insert(place, (number, at))
             missing += number - before[0] - 1 if place == len(seen) - 1 else -1
-    elif not sys.stdin.readline():
+    elif not (line := sys.stdin.readline()):
         break
+    elif line.strip():
+        may_go_back = line.strip() == "back"
     else:
         last = seen[-1][0] if seen else 0
         told = {"life": life, "last": last, "count": count, "missing": missing, "wrong": wrong[:5]}
@@ -124,9 +134,15 @@ class Judge:
         while time.monotonic() < deadline:
             time.sleep(0.05)
             now = self.ask()
-            if (now["life"], now["last"]) > (before["life"], before["last"]):
+            if now["last"] != before["last"] or now["life"] > before["life"]:
                 return True
         return False
+
+    def may_go_back(self, may: bool) -> None:
+        """Whether it may be taken back to its freeze, from now on."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("back\n" if may else "stay\n")
+        self._process.stdin.flush()
 
     def close(self) -> None:
         assert self._process.stdin is not None

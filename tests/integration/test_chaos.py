@@ -15,6 +15,7 @@ FAULTS = (
     ("precopy", "ssh", "pager", "RESUMED"),
     ("postcopy", "ssh", "sshd", "RESTORED_HELD"),
     ("postcopy", "stream", "agent", "RESUMED"),
+    ("precopy", "stream", "both", "RETURNING-there"),
 )
 
 

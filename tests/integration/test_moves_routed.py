@@ -196,3 +196,31 @@ def test_a_wire_survives_moves_that_are_rolled_back_and_ends_when_it_is_idle(rou
 def seconds_left(hosts: TwoHosts) -> int:
     (line,) = hosts.lines("host1", "network", "wires", "--json")
     return int(line["seconds_left"])
+
+
+def echo(connection: socket.socket) -> bytes:
+    connection.sendall(b"word")
+    return connection.recv(100)
+
+
+def test_what_is_taken_back_leaves_no_wire_and_its_connections_end_with_a_reset(routed: TwoHosts) -> None:
+    connector = Published()
+    with ExitStack() as stack:
+        stack.enter_context(nothing_left_on(routed, *HOSTS))
+        container = routed.run(connector, *PUBLISHED)
+        stack.callback(container.remove)
+        stack.callback(connector.close)
+        here, there = (address_of(routed, host) for host in HOSTS)
+        ways = [(container.address, 8001), (here, 18001)]
+        kept = [stack.enter_context(connected(routed, "client", TCP, *way)) for way in ways]
+        moved(container, "--undo-window", "600")
+        kept += [stack.enter_context(connected(routed, "client", TCP, *way)) for way in (*ways, (there, 18001))]
+        assert [echo(connection) for connection in kept] == [b"word"] * len(kept)
+        routed.cmigrate("host1", "undo", container.name)
+        container.host = "host1"
+        for connection in kept:
+            with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                echo(connection)
+        assert links(routed) == {"host1": [], "host2": []}
+        for way in ways:
+            assert echo(stack.enter_context(connected(routed, "client", TCP, *way))) == b"word"
