@@ -5,8 +5,9 @@ put back as it was: registers, signal mask, the system call it was sleeping in. 
 stands still for about a third of a millisecond. Seccomp filters are suspended for it meanwhile: they neither forbid
 nor see it.
 
-If this process is killed within that time, the thread goes on with registers that are not its own and its process errs
-or dies: ptrace has no way to prevent that.
+If the calling process is killed within that time, the thread goes on with registers that are not its own and its
+process errs or dies: ptrace has no way to prevent that. So a running container's processes are stopped by one that does
+nothing else (tracer_process.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""One thread for all ptrace calls: the kernel lets only the thread that seized a task speak to it."""
+"""One thread for all ptrace calls: the kernel lets only the thread that seized a task speak to it.
+
+For tasks that may die with this process: those of a restore that is not committed. Others: tracer_process.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from runtime.memory.remote import Stuck
+from runtime.memory.remote import Injected, Stuck, close_descriptor, make_userfaultfd
 
 T = TypeVar("T")
 
@@ -27,6 +30,12 @@ class TracerThread:
             # Only the end of the thread that seized it makes the kernel let go of a task that does not stop.
             self.close()
             raise
+
+    def make_userfaultfd(self, pid: int) -> Injected:
+        return self.run(lambda: make_userfaultfd(pid))
+
+    def close_descriptor(self, pid: int, descriptor: int) -> None:
+        self.run(lambda: close_descriptor(pid, descriptor))
 
     def close(self) -> None:
         """Ends the thread. Idempotent; ``run`` starts another."""

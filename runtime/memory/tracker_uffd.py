@@ -1,8 +1,8 @@
 """Dirty pages by userfaultfd in asynchronous write-protect mode: the kernel remembers writes, nobody is frozen.
 
-Each process is made to open a userfaultfd (remote.py), on which its private memory is registered (watched.py).
-PAGEMAP_SCAN then reads which pages lost their protection and protects them again in the same step. Closing the
-descriptor undoes everything, and so does the end of this process.
+Each process is made to open a userfaultfd (remote.py, by tracer_process.py), on which its private memory is registered
+(watched.py). PAGEMAP_SCAN then reads which pages lost their protection and protects them again in the same step.
+Closing the descriptor undoes everything, and so does the end of this process.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from runtime.errors import KernelCallFailed
 from runtime.linux import userfaultfd
@@ -19,10 +20,10 @@ from runtime.linux.pagemap import Pagemap
 from runtime.linux.processes import same_open_file
 from runtime.memory.api import ProcessScan, Scan, Segment, TrackerFacts
 from runtime.memory.place import NotInjected
-from runtime.memory.remote import LeftBehind, close_descriptor, make_userfaultfd
+from runtime.memory.remote import Injected, LeftBehind
 from runtime.memory.shared import SharedMemory
 from runtime.memory.tasks import AddressSpace, owner_of_memory, read_address_space, start_ticks
-from runtime.memory.tracer_thread import TracerThread
+from runtime.memory.tracer_process import TracerProcess
 from runtime.memory.watched import WatchedMemory
 
 NOT_ARMED = "not armed"
@@ -48,12 +49,23 @@ class _Task:
         return self.memory.descriptor is not None
 
 
+class Tracer(Protocol):
+    """Who stops threads: the functions of runtime.memory.remote, which raise NotInjected."""
+
+    def make_userfaultfd(self, pid: int) -> Injected: ...
+
+    def close_descriptor(self, pid: int, descriptor: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class UffdTracker:
     """``runtime.memory.api.DirtyTracker``. For one caller at a time."""
 
-    def __init__(self, *, shared: bool = False) -> None:
-        """``shared``: track shared memory too, which costs reading all of it in each scan."""
-        self._tracer = TracerThread()
+    def __init__(self, *, shared: bool = False, tracer: Tracer | None = None) -> None:
+        """``shared``: track shared memory too, which costs reading all of it in each scan. ``tracer``: instead of one
+        whose death, or ours, harms nobody."""
+        self._tracer = tracer or TracerProcess()
         self._tasks: dict[int, _Task] = {}
         # As they were before everything was let go.
         self._facts: TrackerFacts | None = None
@@ -163,7 +175,7 @@ class UffdTracker:
         task.memory.close()
         descriptor, reason = None, ""
         try:
-            injected = self._tracer.run(lambda: make_userfaultfd(task.pid))
+            injected = self._tracer.make_userfaultfd(task.pid)
             descriptor, task.stop_ms = injected.descriptor, injected.stop_ms
             userfaultfd.enable(descriptor)
         except LeftBehind as error:
@@ -195,11 +207,8 @@ class UffdTracker:
         task.left_behind = set(strays)
         for number in strays:
             with contextlib.suppress(NotInjected):
-                self._close_in(task.pid, number)
+                self._tracer.close_descriptor(task.pid, number)
                 task.left_behind.discard(number)
-
-    def _close_in(self, pid: int, descriptor: int) -> None:
-        self._tracer.run(lambda: close_descriptor(pid, descriptor))
 
 
 def _userfaultfds_of(pid: int) -> set[int]:

@@ -11,8 +11,9 @@ import pytest
 
 from runtime.api import Container
 from runtime.container import Containers
-from runtime.memory import remote
+from runtime.memory import remote, tracker_uffd
 from runtime.memory.api import DirtyTracker
+from runtime.memory.tracer_thread import TracerThread
 from runtime.memory.tracker_hash import HashTracker
 from runtime.memory.tracker_uffd import UffdTracker
 from runtime.specify import new_spec
@@ -136,6 +137,8 @@ def test_a_container_that_is_frozen_and_thawed_at_any_moment_is_not_harmed(
 ) -> None:
     # A hasty tracer sees on any machine what a patient one sees on a busy one: threads that are slow to stop.
     monkeypatch.setattr(remote, "STOP_WAIT_S", patience_s)
+    # It needs more attempts, too.
+    monkeypatch.setattr(tracker_uffd, "TAKE_BACK_S", 30.0)
     churning = Churning(containers)
     over = threading.Event()
 
@@ -151,7 +154,7 @@ def test_a_container_that_is_frozen_and_thawed_at_any_moment_is_not_harmed(
     try:
         end = time.monotonic() + 4
         while time.monotonic() < end:
-            tracker = UffdTracker()
+            tracker = UffdTracker(tracer=TracerThread())
             try:
                 tracker.arm(churning.cgroup.pids())
                 tracker.scan(churning.cgroup.pids())

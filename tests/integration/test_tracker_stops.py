@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.memory.tracer_thread import TracerThread
 from runtime.memory.tracker_uffd import UffdTracker
 from tests.support.tasks import wait_for
 
@@ -45,7 +46,7 @@ def python(*argv: str) -> Iterator[subprocess.Popen[str]]:
 
 def arm_once(pid: int) -> tuple[str, float]:
     """Why the process can not be tracked, and how long its thread stood still."""
-    tracker = UffdTracker()
+    tracker = UffdTracker(tracer=TracerThread())  # which is made sooner
     try:
         tracker.arm([pid])
         facts = tracker.facts()
