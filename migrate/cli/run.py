@@ -119,12 +119,11 @@ def run_command(command: tuple[str, ...], detach: bool, **options: Any) -> int:
         if detach:
             click.echo(containers.run(spec).id)
             return 0
-        with ExitStack() as attached:
-            container = containers.run(spec, before_start=lambda new: attached.enter_context(containers.attached(new)))
-            code = attend(containers, container)
-        if spec.auto_remove:
-            until_removed(containers, container.id)
-        return code
+        with ExitStack() as ending:
+            if spec.auto_remove:  # also where nobody reads its output any more
+                ending.callback(until_removed, containers, spec.id)
+            container = containers.run(spec, before_start=lambda new: ending.enter_context(containers.attached(new)))
+            return attend(containers, container)
 
 
 def until_removed(containers: Containers, container_id: str) -> None:
