@@ -27,8 +27,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from runtime.errors import RuntimeFault
 from runtime.linux.seqpacket import receive
-from runtime.memory.place import NotInjected
 from runtime.memory.remote import LeftBehind, Stuck, close_descriptor, make_userfaultfd
 
 MAX_MESSAGE_BYTES = 4096
@@ -63,7 +63,7 @@ def _answer(request: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
         return {"failed": str(error), "left": error.descriptor}, [] if error.ours is None else [error.ours]
     except Stuck as error:
         return {"failed": str(error), "stuck": True}, []
-    except NotInjected as error:
+    except (RuntimeFault, OSError) as error:  # it may end at any moment
         return {"failed": str(error)}, []
 
 
