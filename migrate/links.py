@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 from migrate.inventory import HostEntry, Inventory
 from migrate.messages import Hello
@@ -13,6 +12,7 @@ from migrate.session import HELLO_TIMEOUT_S, exchange_hello
 from runtime.errors import BadInput
 from runtime.host import HostConfig
 from transport.api import Channel, ConnectFailed, Connector, Deadline, TransportError
+from transport.closing import Closing
 
 TransportName = Literal["auto", "ssh", "stream"]
 
@@ -21,7 +21,7 @@ STREAM_REACH_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Session:
+class Session(Closing):
     """A conversation with a known host that has begun: hellos are exchanged. ``notes`` say what was tried in vain."""
 
     entry: HostEntry
@@ -37,14 +37,6 @@ class Session:
 
     def close(self) -> None:
         self.channel.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def connect(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Self
 
 from transport.api import (
     Buffer,
@@ -19,11 +17,12 @@ from transport.api import (
     Peer,
     ProtocolError,
 )
+from transport.closing import Closing
 from transport.frames import Decoder, encode_header
 from transport.streams import CLOSED_HERE, ByteStream
 
 
-class StreamChannel:
+class StreamChannel(Closing):
     """A Channel (see transport.api for the contract) over `stream`, which it owns."""
 
     def __init__(self, stream: ByteStream, peer: Peer) -> None:
@@ -91,14 +90,6 @@ class StreamChannel:
             if not self._closed:
                 self._closed = True
                 self.stream.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _send(self, kind: FrameKind, tag: int, buffers: Sequence[Buffer], deadline: Deadline) -> None:
         views = [view for view in (memoryview(buffer).cast("B") for buffer in buffers) if view.nbytes]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from transport.api import Buffer, Channel, Deadline, Frame, Into, Peer
+from transport.closing import Closing
 
 
-class DelegatingChannel:
+class DelegatingChannel(Closing):
     """Passes everything on to `inner`, which it owns. A subclass says what it does otherwise."""
 
     def __init__(self, inner: Channel) -> None:
@@ -44,11 +43,3 @@ class DelegatingChannel:
 
     def close(self) -> None:
         self._inner.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

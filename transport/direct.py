@@ -11,11 +11,10 @@ import select
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from transport.api import Channel, Deadline, Frame, Peer, ProtocolError, TransportError
 from transport.channel import StreamChannel
+from transport.closing import Closing
 from transport.delegating import DelegatingChannel
 from transport.sealed import KEY_BYTES, SealedStream, new_key, supported
 from transport.tcp import accept, dial, listen
@@ -36,7 +35,7 @@ class Meeting:
     listening_key: bytes
 
 
-class DirectListener:
+class DirectListener(Closing):
     """Waits on one address for the one connection that has the keys of ``meeting``."""
 
     def __init__(self, address: str) -> None:
@@ -74,14 +73,6 @@ class DirectListener:
 
     def close(self) -> None:
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def dial_direct(host: str, meeting: Meeting, peer: Peer, *, deadline: Deadline) -> Channel:

@@ -19,8 +19,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from transport.api import (
     AuthenticationFailed,
@@ -32,6 +30,7 @@ from transport.api import (
     TransportError,
 )
 from transport.channel import StreamChannel
+from transport.closing import Closing
 from transport.identity import (
     Identity,
     certificate_der,
@@ -326,7 +325,7 @@ def server_handshake(
     return StreamChannel(stream, Peer(name=name, transport="stream", detail=where))
 
 
-class TlsListener:
+class TlsListener(Closing):
     """Listens on one address. `trusted` is asked anew for each connection."""
 
     def __init__(self, host: str, port: int, *, identity: Identity, trusted: Callable[[], Mapping[str, str]]) -> None:
@@ -354,11 +353,3 @@ class TlsListener:
 
     def close(self) -> None:
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
