@@ -25,7 +25,8 @@ from runtime.criu.dump import wake_after_dead_dump
 from runtime.errors import Busy, NotFound, RuntimeFault
 from runtime.handover import handed_over_by
 from runtime.host import HostConfig
-from runtime.linux.rcu import turn_off_what_is_left
+from runtime.linux import rcu
+from runtime.memory import lazy
 from runtime.wayback import sweep_ways
 from runtime.wire import sweep
 from transport.api import TransportError
@@ -40,7 +41,8 @@ _GIVEN_BACK = {"RETURNING", "RETURNED"}
 def recover(host: HostConfig) -> list[str]:
     """Settle what can be settled without asking anybody; a line for each thing done or still open."""
     told: list[str] = []
-    turn_off_what_is_left(host.run_dir)
+    rcu.turn_off_what_is_left(host.run_dir)
+    lazy.turn_off_what_is_left(host.run_dir)
     with contextlib.suppress(RuntimeFault):  # next time
         sweep()
         sweep_ways()

@@ -170,7 +170,7 @@ class HeldRestore:
         # CRIU opens the directory as /proc/<our pid>/fd/<number>, so it stays open here until then.
         images_fd = os.open(self._images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with lazy_restore_allowed() if lazy else contextlib.nullcontext():
+            with lazy_restore_allowed(self._containers.host.run_dir) if lazy else contextlib.nullcontext():
                 self._restore(images_fd, mounts, pipes, auto_dedup, lazy, memory_files or {})
             take_lost_locks(self._images, self.tasks())
         finally:

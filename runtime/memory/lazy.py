@@ -12,6 +12,7 @@ from pathlib import Path
 SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
 # One inode for the whole machine; a file of /proc is another one in each PID namespace.
 DEVICE = Path("/dev/userfaultfd")
+_MARKER = "userfaultfd-allowed-by-"
 # A judgement: there is little to gain below, and memory that is all there needs no pager (docs/adr/0011).
 EAGER_BELOW_BYTES = 32 << 20
 # struct flock: type, whence, start, length, pid
@@ -28,22 +29,25 @@ def eager_is_better(memory_bytes: int, cow_shared_bytes: int) -> bool:
 
 
 @contextlib.contextmanager
-def lazy_restore_allowed() -> Iterator[None]:
+def lazy_restore_allowed(run_dir: Path) -> Iterator[None]:
     """While inside, a task in a user namespace of its own may make the userfaultfd a lazy restore needs.
 
     That is vm.unprivileged_userfaultfd, one switch for the machine. Counted across processes by locks on the device of
     that name (before Linux 6.1 on the switch itself), because hosts of a lab share it and nothing else; the last one
-    out turns it off, if one of us had turned it on. Raises OSError where /proc/sys cannot be written.
+    out turns it off, if one of us had turned it on. ``run_dir`` gets a marker while it may be on because of us, for who
+    is killed. Raises OSError where /proc/sys cannot be written.
     """
     if not SYSCTL.exists():
         yield  # the kernel has no such restriction
         return
-    fd = os.open(DEVICE if DEVICE.exists() else SYSCTL, os.O_RDWR | os.O_CLOEXEC)
-    try:
+    marker = run_dir / f"{_MARKER}{os.getpid()}"
+    with _opened() as fd:
         with _locked(fd):
-            ours = int(SYSCTL.read_text()) == 0 or _held_by_others(fd, _RAISED)
+            ours = int(SYSCTL.read_text()) == 0 or _held_by_others(fd, _RAISED) or _remove_stale(run_dir)
             if ours:
                 _lock(fd, fcntl.F_RDLCK, _RAISED)
+                with contextlib.suppress(OSError):
+                    marker.touch()
                 SYSCTL.write_text("1")
         try:
             yield
@@ -52,6 +56,34 @@ def lazy_restore_allowed() -> Iterator[None]:
                 _lock(fd, fcntl.F_UNLCK, _RAISED)
                 if ours and not _held_by_others(fd, _RAISED):
                     SYSCTL.write_text("0")
+                with contextlib.suppress(OSError):
+                    marker.unlink(missing_ok=True)
+
+
+def turn_off_what_is_left(run_dir: Path) -> None:
+    """After a process of this host that was killed inside, unless somebody else is."""
+    if not any(run_dir.glob(f"{_MARKER}*")):
+        return
+    with contextlib.suppress(OSError), _opened() as fd, _locked(fd):
+        if _remove_stale(run_dir) and not _held_by_others(fd, _RAISED):
+            SYSCTL.write_text("0")
+
+
+def _remove_stale(run_dir: Path) -> bool:
+    """Whether there were markers of processes that have ended."""
+    stale = [
+        marker for marker in run_dir.glob(f"{_MARKER}*") if not Path(f"/proc/{marker.name[len(_MARKER) :]}").exists()
+    ]
+    for marker in stale:
+        marker.unlink(missing_ok=True)
+    return bool(stale)
+
+
+@contextlib.contextmanager
+def _opened() -> Iterator[int]:
+    fd = os.open(DEVICE if DEVICE.exists() else SYSCTL, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield fd
     finally:
         os.close(fd)
 

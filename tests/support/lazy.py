@@ -108,7 +108,7 @@ def restore_lazily(images: Path, at_end: Callable[[int], None] = lambda _pid: No
             options.notify_scripts = True
             options.manage_cgroups = True
             options.manage_cgroups_mode = rpc.IGNORE
-            with lazy_restore_allowed():
+            with lazy_restore_allowed(images):
                 begin = time.monotonic()
                 answer = session.run(request, {"post-restore": at_end}, PATIENCE_S)
                 took_s = time.monotonic() - begin
