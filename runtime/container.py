@@ -162,6 +162,8 @@ class Containers:
             if spec.network is not None:
                 with ContainerNetwork(host, spec.id) as network:
                     network.attach(init_pid, spec.network)
+                    # Who talked to an earlier container with this address knows another MAC for it.
+                    network.announce(1)
                     network.publish(spec.ports, spec.network)
             state = running_state(init_pid, launch.process.pid, restarts=restarts)
             # Before the first instruction: a crash of ours from here on leaves a state that tells the truth.

@@ -207,6 +207,30 @@ def test_an_ipv6_connection_moves_with_its_address_and_its_client_waits_no_longe
         assert (total["failed"], total["last"]) == (0, total["requests"])
 
 
+def test_who_knew_an_earlier_container_by_this_address_learns_of_the_new_one_at_once(
+    two_hosts: TwoHosts, client6: None
+) -> None:
+    own, earlier = "10.88.77.8", "02:00:00:00:00:99"
+
+    def neighbours(*words: str) -> str:
+        done = two_hosts.lab.exec(
+            "client", ["ip", "neighbour", *words], check=True, timeout=10, capture_output=True, text=True
+        )
+        return str(done.stdout)
+
+    for address in (own, ADDRESS6):
+        neighbours("replace", address, "lladdr", earlier, "dev", "lab0", "nud", "stale")
+    words = ("-d", "--name", "heir", "--ip", own, "--ip6", ADDRESS6, "--rootfs", "host", "--", "sleep", "1000")
+    with nothing_left_on(two_hosts, *HOSTS):
+        two_hosts.cmigrate("host1", "run", *words)
+        try:
+            found = json.loads(two_hosts.cmigrate("host1", "inspect", "heir").stdout)
+            mac = found["spec"]["network"]["mac"]
+            assert [mac in neighbours("show", address) for address in (own, ADDRESS6)] == [True, True]
+        finally:
+            two_hosts.cmigrate("host1", "rm", "-f", "heir")
+
+
 def test_a_container_moves_away_from_its_neighbour_and_back_and_their_connection_holds(two_hosts: TwoHosts) -> None:
     """The neighbour asks a line a few milliseconds apart, over one connection, and says how far it came."""
     asks = (
