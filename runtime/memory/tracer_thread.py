@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from runtime.memory.remote import Injected, Stuck, close_descriptor, make_userfaultfd
+from runtime.memory.remote import Stuck
 
 T = TypeVar("T")
 
@@ -30,12 +30,6 @@ class TracerThread:
             # Only the end of the thread that seized it makes the kernel let go of a task that does not stop.
             self.close()
             raise
-
-    def make_userfaultfd(self, pid: int) -> Injected:
-        return self.run(lambda: make_userfaultfd(pid))
-
-    def close_descriptor(self, pid: int, descriptor: int) -> None:
-        self.run(lambda: close_descriptor(pid, descriptor))
 
     def close(self) -> None:
         """Ends the thread. Idempotent; ``run`` starts another."""

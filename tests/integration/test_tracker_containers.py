@@ -13,13 +13,13 @@ from runtime.api import Container
 from runtime.container import Containers
 from runtime.memory import remote, tracker_uffd
 from runtime.memory.api import DirtyTracker
-from runtime.memory.tracer_thread import TracerThread
 from runtime.memory.tracker_hash import HashTracker
 from runtime.memory.tracker_uffd import UffdTracker
 from runtime.specify import new_spec
 from tests.support.containers import one_host
 from tests.support.mapper import Copies
 from tests.support.tasks import wait_for
+from tests.support.tracer import ThreadTracer
 
 CHURN = Path(__file__).resolve().parents[1] / "workloads" / "churn.py"
 MIB, WORKERS = 6, 3
@@ -154,7 +154,7 @@ def test_a_container_that_is_frozen_and_thawed_at_any_moment_is_not_harmed(
     try:
         end = time.monotonic() + 4
         while time.monotonic() < end:
-            tracker = UffdTracker(tracer=TracerThread())
+            tracker = UffdTracker(tracer=ThreadTracer())
             try:
                 tracker.arm(churning.cgroup.pids())
                 tracker.scan(churning.cgroup.pids())

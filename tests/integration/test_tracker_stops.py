@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.memory.tracer_thread import TracerThread
 from runtime.memory.tracker_uffd import UffdTracker
 from tests.support.tasks import wait_for
+from tests.support.tracer import ThreadTracer
 
 WORKLOADS = Path(__file__).resolve().parents[1] / "workloads"
 BLOCKED_S = 0.5
@@ -46,7 +46,7 @@ def python(*argv: str) -> Iterator[subprocess.Popen[str]]:
 
 def arm_once(pid: int) -> tuple[str, float]:
     """Why the process can not be tracked, and how long its thread stood still."""
-    tracker = UffdTracker(tracer=TracerThread())  # which is made sooner
+    tracker = UffdTracker(tracer=ThreadTracer())  # which is made sooner
     try:
         tracker.arm([pid])
         facts = tracker.facts()
