@@ -20,6 +20,7 @@ from runtime.archive import ArchiveReader, ArchiveWriter
 from runtime.container import Containers, open_tree_roots, utc_now
 from runtime.criu.binary import find_criu
 from runtime.criu.dump import HeldDump
+from runtime.criu.images import image_files
 from runtime.criu.options import ExternalMount
 from runtime.criu.restore import HeldRestore
 from runtime.errors import BadInput, CorruptData, NotFound, WrongState
@@ -49,6 +50,7 @@ def checkpoint(host: HostConfig, reference: str, output: Path, *, leave_running:
         dump.freeze()
         dump.cut_off()
         dump.dump()
+        dump.hold()
         _write(containers, container, dump, output, open_tree_roots(containers, container, undo))
         if leave_running:
             dump.resume()
@@ -92,7 +94,7 @@ def _write(containers: Containers, container: Container, dump: HeldDump, output:
             archive.add_tree(f"tmpfs-{number}", root)
         if log.exists():
             archive.add_file(LOG, log)
-        for path in sorted(dump.images.glob("*.img")):
+        for path in image_files(dump.images):
             archive.add_file(f"images/{path.name}", path)
 
 

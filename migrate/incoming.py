@@ -24,6 +24,7 @@ from transport.api import Channel, Deadline, Frame, FrameKind
 MAX_CHANGES_PER_MESSAGE = 1024
 MAX_RUNS_PER_MESSAGE = 4096
 MAX_FILE_BYTES = 1 << 44
+MAX_IMAGES_PER_MESSAGE = 4096
 
 
 class Incoming:
@@ -42,7 +43,9 @@ class Incoming:
         deadline: Callable[[], Deadline],
         on_frozen: Callable[[], None],
         on_reach: Callable[[], None] = lambda: None,
+        on_trees: Callable[[], None] = lambda: None,
     ) -> None:
+        """``on_trees`` is called once: when the trees are complete, though other things may still come."""
         self._channel = channel
         self._deadline = deadline
         self._roots = list(trees)
@@ -55,6 +58,8 @@ class Incoming:
         self._log = log
         self._on_frozen = on_frozen
         self._on_reach = on_reach
+        self._on_trees = on_trees
+        self._trees_are_complete = False
         self.received_bytes = 0
         self.taken = 0
         """Bulk messages that have come whole: what a source that lost the link need not send again."""
@@ -63,7 +68,7 @@ class Incoming:
         """Receive and store bulk frames; returns the first control message that is none of theirs."""
         handlers: dict[str, Callable[[Mapping[str, Any]], None]] = {
             "tree-changes": self._tree_changes,
-            "image": self._image,
+            "images": self._images,
             "log": self._receive_log,
             messages.Reach.TYPE: lambda _message: self._on_reach(),
             messages.Frozen.TYPE: lambda _message: self._on_frozen(),
@@ -82,11 +87,21 @@ class Incoming:
             handler(message)
             self.taken += message["type"] in messages.BULK_TYPES
 
+    def begin(self) -> None:
+        """Everything has arrived: CRIU may begin to restore when this returns."""
+        self._complete_trees()
+        self._pages.begin()
+
     def finish(self) -> None:
-        """Everything has arrived: complete the files."""
-        for sink in self._sinks:
-            sink.finish()
+        """After ``begin``: what CRIU needs of memory is in its files when this returns. Another thread may call it."""
         self._pages.finish()
+
+    def _complete_trees(self) -> None:
+        if not self._trees_are_complete:
+            for sink in self._sinks:
+                sink.finish()
+            self._trees_are_complete = True
+            self._on_trees()
 
     def sync(self) -> None:
         """The container's files are on the disk when this returns. Writes much: not for a blackout."""
@@ -110,6 +125,8 @@ class Incoming:
 
     def _tree_changes(self, message: Mapping[str, Any]) -> None:
         number, changes = message.get("tree"), message.get("changes")
+        if self._trees_are_complete:
+            raise ProtocolViolation("files came after images")
         if not isinstance(number, int) or not 0 <= number < len(self._sinks) or not isinstance(changes, list):
             raise ProtocolViolation("tree-changes does not fit")
         if len(changes) > MAX_CHANGES_PER_MESSAGE:
@@ -131,12 +148,25 @@ class Incoming:
                 raise ProtocolViolation("file content beyond the announced size")
             sink.write(change, frame.tag, memoryview(frame.body))
 
-    def _image(self, message: Mapping[str, Any]) -> None:
-        name = message.get("name")
-        if not isinstance(name, str):
-            raise ProtocolViolation("image does not fit")
-        with self._image_files.create(name) as file:
-            self._receive_file(message.get("size"), file)
+    def _images(self, message: Mapping[str, Any]) -> None:
+        """Files one after the other, in pieces that end anywhere. All trees have come before the first of them."""
+        self._complete_trees()
+        names, sizes = (_listed(message.get(key)) for key in ("names", "sizes"))
+        if len(names) != len(sizes) or not all(isinstance(name, str) for name in names):
+            raise ProtocolViolation("images do not fit")
+        if not all(isinstance(size, int) and 0 <= size <= MAX_FILE_BYTES for size in sizes):
+            raise ProtocolViolation("an image's size does not fit")
+        left, piece = sum(sizes), memoryview(b"")
+        for name, size in zip(names, sizes, strict=True):
+            with self._image_files.create(name) as file:
+                while size:
+                    if not len(piece):
+                        piece = memoryview(self._receive_data(left).body)
+                        if not len(piece):
+                            raise ProtocolViolation("an image ended early")
+                        left -= len(piece)
+                    file.write(piece[:size])
+                    piece, size = piece[size:], size - len(piece[:size])
 
     def _receive_log(self, message: Mapping[str, Any]) -> None:
         offset = message.get("offset")
@@ -234,6 +264,12 @@ def memory_of(
         raise ProtocolViolation("memory does not fit")
     one, other = ([(run[0], run[1]) for run in _tuples(message.get(key), 2)] for key in (first, second))
     return pid, one, other
+
+
+def _listed(value: object) -> list[Any]:
+    if not isinstance(value, list) or len(value) > MAX_IMAGES_PER_MESSAGE:
+        raise ProtocolViolation("images do not fit")
+    return value
 
 
 def _tuples(flat: object, width: int) -> list[tuple[int, ...]]:

@@ -142,9 +142,9 @@ class Journal:
             return f"{phase} of move {self._move_id} is not on the disk: {error}"
         return ""
 
-    def note(self, what: str) -> Record:
+    def note(self, what: str, details: Mapping[str, Any] | None = None) -> Record:
         """Write a record that outlives this process, and not a crash of the host: no sync in the blackout for it."""
-        return self._append(what, None, epoch=None, durable=False)
+        return self._append(what, details, epoch=None, durable=False)
 
     def _append(self, phase: str, details: Mapping[str, Any] | None, *, epoch: int | None, durable: bool) -> Record:
         self.open()

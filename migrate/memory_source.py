@@ -97,9 +97,12 @@ class LiveMemory:
         if self.shared is not None:
             self.shared.scan(found.spaces)
 
-    def copy_frozen(self) -> None:
-        """Everything is frozen: private memory that the target lacks. Shared memory waits until nothing can change."""
+    def scan_frozen(self) -> None:
+        """Everything is frozen: find what private memory the target lacks, for ``send_frozen``. Shared memory waits
+        until nothing can change."""
         self._scan_private()
+
+    def send_frozen(self) -> None:
         self._send_private(defer_hot=False)
 
     def _scan_private(self) -> Scan:

@@ -51,8 +51,12 @@ class PageSink(Protocol):
         """(address, pages) of a task that stay on the source for now, and that came as memory and must be there."""
         ...
 
+    def begin(self) -> None:
+        """All has come: CRIU may begin to restore, and to make namespaces, when this returns."""
+        ...
+
     def finish(self) -> None:
-        """All has come: the images can be restored when this returns."""
+        """After ``begin``: CRIU may look at memory when this returns. Another thread may call it."""
         ...
 
     def close(self) -> None: ...
@@ -75,6 +79,9 @@ class NoPages:
     def remote(self, pid: int, runs: Sequence[tuple[int, int]], present: Sequence[tuple[int, int]]) -> None:
         raise ProtocolViolation("memory was kept back, and the mode has no post-copy")
 
+    def begin(self) -> None:
+        pass
+
     def finish(self) -> None:
         pass
 
@@ -86,7 +93,7 @@ class StorePages:
     """Pages wait at their own addresses until the last of them has come.
 
     ``pager`` is one that was started before; it is used unless an eager restore is better, which ``lazy`` tells after
-    ``finish``.
+    ``begin``.
     """
 
     def __init__(
@@ -163,10 +170,14 @@ class StorePages:
                 if spans:
                     receive(view)
 
-    def finish(self) -> None:
-        self._writer.finish()
+    def begin(self) -> None:
         wanted = sum(pages for runs in self._runs.values() for _address, pages, _flags in runs) * PAGE_BYTES
         self.lazy = bool(self._remote) or not eager_is_better(wanted, 0)
+        if self.lazy:
+            self._pager.listen(self._images)
+
+    def finish(self) -> None:
+        self._writer.finish()
         if self.lazy:
             self._finish_lazy()
         else:
@@ -192,18 +203,16 @@ class StorePages:
         self._close_stores()
 
     def _finish_lazy(self) -> None:
-        eager = {}
+        eager, present = {}, {}
         for space, runs in self._runs.items():
             spans = [(address, address + pages * PAGE_BYTES, flags) for address, pages, flags in runs]
-            exists = PageRanges.from_spans((start, end) for start, end, _flags in spans)
-            store = self._stores[space]
-            here = PageRanges.from_spans((address, address + size) for address, size in store.runs())
+            present[space] = PageRanges.from_spans((start, end) for start, end, _flags in spans)
             # What was copied and is no more would otherwise be served as if it were.
-            store.punch((start, end - start) for start, end in (here - exists).spans())
+            self._stores[space].keep_only(present[space])
             eager[space] = [(start, end) for start, end, flags in spans if not flags & PE_LAZY]
         remote = {space: PageRanges.from_spans(spans) for space, spans in self._remote.items()}
         named = {space: store for space, store in self._stores.items() if space in self._runs}
-        for lazy in write_lazy_images(self._images, self._criu_version, named, eager=eager):
+        for lazy in write_lazy_images(self._images, self._criu_version, named, present=present, eager=eager):
             space = SpaceId("task", lazy.vpid)
             hot = _hot(self._last.get(space, ()), lazy.spans)
             missing = remote.pop(space, EMPTY)
@@ -213,7 +222,7 @@ class StorePages:
             self.missing[lazy.vpid] = missing
         if remote:
             raise ProtocolViolation("memory was kept back of tasks that are not there")
-        self._pager.listen(self._images)
+        self._pager.wait_until_told()
         if self._keep_stores:
             self.kept = {space.id: store.duplicate() for space, store in named.items() if space.kind == "task"}
         if not any(self.missing.values()):

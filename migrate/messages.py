@@ -42,7 +42,7 @@ from migrate.message import Message as Message
 from migrate.message import parse as parse
 from migrate.wire import MAX_TEXT, integer
 
-PROTOCOL = OLDEST_PROTOCOL = 1
+PROTOCOL = OLDEST_PROTOCOL = 2
 """The newest protocol this version speaks, and the oldest."""
 HELD_FLAG = 1 << 8
 """Beside CRIU's flags of a run in ``pages``: the target has these pages already, and no data follows for them."""
@@ -365,7 +365,7 @@ class Answer(Message):
     state: Standing
 
 
-BULK_TYPES = ("tree-changes", "image", "space", "pages", "memory", "shared", "remote", "hashes", "log")
+BULK_TYPES = ("tree-changes", "images", "space", "pages", "memory", "shared", "remote", "hashes", "log")
 MESSAGES.update(
     {
         kind.TYPE: kind

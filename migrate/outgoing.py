@@ -18,6 +18,7 @@ from migrate import messages
 from migrate.errors import MigrateError, ProtocolViolation
 from migrate.packing import Packer
 from migrate.parts import Parts
+from runtime.criu.images import image_files
 from runtime.criu.pages import RunReader, SpaceId
 from runtime.memory.ranges import PageRanges
 from runtime.tree import Change, SentContent, read_chunks
@@ -27,6 +28,7 @@ PAGE_BYTES = 4096
 # One data frame of pages. Small enough to overlap reading with sending, large enough that framing costs nothing.
 PAGE_BATCH_BYTES = 4 << 20
 IMAGE_CHUNK_BYTES = 4 << 20
+IMAGES_PER_MESSAGE = 1024
 CHANGES_PER_MESSAGE = 256
 # Far enough below a control frame's limit for what msgpack adds.
 CHANGES_BYTES = 512 << 10
@@ -167,13 +169,31 @@ class Outgoing:
 
     def images(self, directory: Path) -> None:
         """Every image file of ``directory``; the target refuses names that are not images."""
-        for path in sorted(directory.glob("*.img")):
+        small: list[Path] = []
+        for path in image_files(directory):
+            if path.name.startswith("pages-"):
+                self._image_files([path], "pages")
+            else:
+                small.append(path)
+        for first in range(0, len(small), IMAGES_PER_MESSAGE):
+            self._image_files(small[first : first + IMAGES_PER_MESSAGE], "images")
+
+    def _image_files(self, paths: Sequence[Path], kind: str) -> None:
+        """Together: a frame for each of a dozen small files would cost more than what is in them."""
+        sizes = [path.stat().st_size for path in paths]
+        self.control({"type": "images", "names": [path.name for path in paths], "sizes": sizes})
+        waiting: list[bytes] = []
+        waiting_bytes = 0
+        for path in paths:
             with open(path, "rb") as file:
-                size = path.stat().st_size
-                self.control({"type": "image", "name": path.name, "size": size})
-                kind = "pages" if path.name.startswith("pages-") else "images"
-                while chunk := file.read(IMAGE_CHUNK_BYTES):
-                    self.data(kind, 0, (chunk,))
+                while chunk := file.read(IMAGE_CHUNK_BYTES - waiting_bytes):
+                    waiting.append(chunk)
+                    waiting_bytes += len(chunk)
+                    if waiting_bytes == IMAGE_CHUNK_BYTES:
+                        self.data(kind, 0, waiting)
+                        waiting, waiting_bytes = [], 0
+        if waiting:
+            self.data(kind, 0, waiting)
 
     def log(self, path: Path) -> None:
         """The container's log: all of it the first time, then what was appended since."""

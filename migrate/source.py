@@ -319,17 +319,26 @@ class SourceMove:
         self._dump.freeze()
         self._leaving.frozen()
         self._send(messages.Frozen(move_id=self._move_id))
-        self.closed = self._dump.close_lost()  # while the target gets ready to hold frames
+        # While the target gets ready to hold frames.
+        self.closed = self._dump.close_lost()
+        live = self._live if self._live is not None and not self._live.keep_back else None
+        if live is not None:
+            live.scan_frozen()
         self._hear(messages.Holding)
         self._dump.cut_off()
-        if self._live is None or self._pages is None:
-            self._mark("dump")
+        self._dump.begin()
+        if live is not None:
+            self._mark("memory")
+            # CRIU is left with what changes until it has seized the tasks: a system call that sleeps goes on till then.
+            live.send_frozen()
+        self._mark("dump")
+        self._write_images()
+
+    def _write_images(self) -> None:
+        live = self._live
+        if live is None or self._pages is None:
             self._dump.dump()
             return
-        live = self._live
-        if not live.keep_back:
-            self._copy_frozen(live)
-        self._mark("dump")
         self._pages.start()
         try:
             self._dump.dump(before_walk=lambda: live.finish(self._filter))
@@ -341,11 +350,6 @@ class SourceMove:
         if cause is not None:
             raise cause
         live.send_late()
-
-    def _copy_frozen(self, live: LiveMemory) -> None:
-        self._mark("memory")
-        # CRIU is left with what changes until it has seized the tasks: a system call that sleeps goes on till then.
-        live.copy_frozen()
 
     def _send_state(self) -> None:
         self.closed += tell_what_is_lost(self._dump, self._observer)
@@ -360,6 +364,7 @@ class SourceMove:
             self.kept.announce(self._work.path)
         self._out.log(self._log)
         send_frozen_state(self._out, self._dump, self.shared, channel_is_shared=self.kept is not None, mark=self._mark)
+        self._dump.hold()  # while the target restores
 
     def _kill_copy(self) -> None:
         """The copy here is dead weight: kill it, remove what is left of it."""

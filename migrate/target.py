@@ -26,7 +26,7 @@ from migrate.reports import ReportStore
 from migrate.session import Asked, package_version
 from migrate.shared_target import SharedTarget
 from migrate.target_machine import JOURNALED, Action, Event, Phase, step
-from migrate.verify_target import ExpectedMemory
+from migrate.verify_target import ExpectedMemory, complete_message
 from migrate.waiting import WaitingRoom
 from runtime.container import Containers
 from runtime.criu.binary import find_criu
@@ -101,7 +101,7 @@ class TargetMove:
             ),
             Action.STORE: lambda: None,
             Action.VERIFY_AND_RESTORE: self._restore_and_hold,
-            Action.JOURNAL_HELD: lambda: self._write("RESTORED_HELD", self._shared.facts() if self._shared else None),
+            Action.JOURNAL_HELD: self._note_held,
             Action.SEND_READY: lambda: self._send(messages.Ready(move_id=move_id, epoch=epoch)),
             Action.JOURNAL_COMMIT: self._journal_commit,
             Action.RELEASE: self._release,
@@ -186,6 +186,7 @@ class TargetMove:
             deadline=lambda: Deadline.after(IDLE_TIMEOUT_S),
             on_frozen=self._hold_packets,
             on_reach=lambda: self._send(messages.Reached(move_id=self._offer.move_id)),
+            on_trees=self._restore.begin_mounting,
         )
         self._room.open()
 
@@ -215,19 +216,34 @@ class TargetMove:
     def _restore_and_hold(self) -> None:
         assert self._incoming is not None
         assert self._state is not None
-        self._incoming.finish()
+        self._incoming.begin()
         lazy = self._stores is not None and self._stores.lazy
         if self._expected is not None:
             self._expected.begin(self._work.path)
         self._restore.neighbours, self._restore.unheard = self._state.neighbours, self._state.unheard
-        self._bring_what_is_missing()
         files = self._shared.give_to_criu(self._work.path, self._state.shared) if self._shared is not None else {}
-        self._restore.restore(self._state.mounts, self._state.pipes, auto_dedup=not lazy, lazy=lazy, memory_files=files)
+        self._restore.restore(
+            self._state.mounts,
+            self._state.pipes,
+            auto_dedup=not lazy,
+            lazy=lazy,
+            memory_files=files,
+            complete=self._complete_memory,
+        )
         self._incoming.finish_shared(self._state, self._restore.tasks)
         if self._expected is not None:
             found = self._expected.compare(self._restore.tasks(), self._stores)
             move_id = self._offer.move_id
             self._send(messages.Verified(move_id=move_id, pages=found.pages, ms=found.ms, later=found.later))
+
+    def _note_held(self) -> None:
+        # Not synced: after a crash of this host there is nothing left of it to be undone.
+        self._journal.note("RESTORED_HELD", self._shared.facts() if self._shared else None)
+
+    def _complete_memory(self) -> None:
+        assert self._incoming is not None
+        self._incoming.finish()
+        self._bring_what_is_missing()
 
     def _bring_what_is_missing(self) -> None:
         """Post-copy. From here on the restore, too, may wait for a page that is still on the source."""
@@ -297,8 +313,6 @@ class TargetMove:
             restarts=self._state.restarts,
             before_run=lambda: self._journal.note(RELEASING),
         )
-        if self._lazy_pager is not None:
-            self._lazy_pager.begin_filling()
         marks = self._restore.marks
         self._running = messages.Running(
             move_id=self._offer.move_id,
@@ -316,6 +330,9 @@ class TargetMove:
         assert self._running is not None
         with contextlib.suppress(TransportError):
             self._send(self._running)
+        # Only now: it takes a processor, and the source waits for that word to end the blackout.
+        if self._lazy_pager is not None:
+            self._lazy_pager.begin_filling()
         if self._feed is not None:
             self._feed.let_source_come_back()
         self._containers.store.admit(self._spec.id, self._runs_as)
@@ -341,28 +358,17 @@ class TargetMove:
         Where a pager dies before that, the container dies with it, and this raises.
         """
         assert self._incoming is not None
-        pager = self._lazy_pager
-        complete = messages.Complete(move_id=self._offer.move_id, fill_ms=0.0)
+        pager, filled = self._lazy_pager, None
         if pager is not None:
             with pager:
                 if self._feed is not None:
                     self._feed.wait_filled()
-                report = pager.wait(FILL_TIMEOUT_S)
-            complete = messages.Complete(
-                move_id=self._offer.move_id,
-                fill_ms=report.complete_ms,
-                filled_bytes=report.filled_bytes,
-                faults=report.faults,
-                remote_faults=report.remote_faults,
-                longest_wait_ms=report.longest_wait_ms,
-                verified_pages=self._expected.later.pages if self._expected is not None else 0,
-                differing_pages=self._expected.later.differing if self._expected is not None else 0,
-            )
+                filled = pager.wait(FILL_TIMEOUT_S)
         self._incoming.sync()
         self._work.close()  # also where DONE did not come
         self._journal.note(COMPLETE)
         with contextlib.suppress(TransportError):
-            self._send(complete)
+            self._send(complete_message(self._offer.move_id, filled, self._expected))
 
     def _on_release_failed(self, error: BaseException) -> None:
         """CRIU kills the tree when it can not let it go; where it did so before resuming anything, that is proof that

@@ -15,15 +15,33 @@ import numpy as np
 
 from migrate.errors import MemoryDiffers, ProtocolViolation
 from migrate.memory_target import MAX_SPACES, Receive, StorePages
+from migrate.messages import Complete
 from runtime.criu.rseq import rseq_areas
 from runtime.memory.frozen import ZERO_PAGE_HASH, FrozenMemory
 from runtime.memory.hashes import Hashes, PageHashes, hash_pages
+from runtime.memory.pager import PagerReport
 from runtime.memory.ranges import EMPTY, PAGE_BYTES, PageRanges
 from runtime.memory.store import MAX_ADDRESS
 
 HASH_BYTES = 8
 _UNKNOWN = np.uint64(0)
 Span = tuple[int, int]
+
+
+def complete_message(move_id: str, filled: PagerReport | None, expected: ExpectedMemory | None) -> Complete:
+    """What is told when all memory is in place; ``filled`` where a pager put it there."""
+    if filled is None:
+        return Complete(move_id=move_id, fill_ms=0.0)
+    return Complete(
+        move_id=move_id,
+        fill_ms=filled.complete_ms,
+        filled_bytes=filled.filled_bytes,
+        faults=filled.faults,
+        remote_faults=filled.remote_faults,
+        longest_wait_ms=filled.longest_wait_ms,
+        verified_pages=expected.later.pages if expected is not None else 0,
+        differing_pages=expected.later.differing if expected is not None else 0,
+    )
 
 
 @dataclass(kw_only=True)

@@ -27,7 +27,8 @@ BLOCK_BYTES = 1 << 16
 _FINGERPRINT_BYTES = 16
 _HOLE = bytes(_FINGERPRINT_BYTES)
 _UNKNOWN = b"\xff" * _FINGERPRINT_BYTES
-_VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV)
+# The last two: it is a socket now, or a device that is not there.
+_VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ENXIO, errno.ENODEV)
 
 Range = tuple[int, int]
 

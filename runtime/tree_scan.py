@@ -27,7 +27,8 @@ _KINDS = {
     stat.S_IFCHR: Kind.CHAR,
     stat.S_IFBLK: Kind.BLOCK,
 }
-_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV)
+# The last two: it is a socket now, or a device that is not there.
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ENXIO, errno.ENODEV)
 
 
 def scan(root: Path | int, *, previous: Snapshot | None = None, settle: bool = False) -> Snapshot:

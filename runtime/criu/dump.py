@@ -2,7 +2,8 @@
 
 prepare()   CRIU is started and warm and waits at ``pre-dump``; the container still runs
 freeze()    the cgroup freezer stops every task, the log is complete; cut_off(): its link leads nowhere
-dump()      CRIU writes images (and pages) and waits at ``post-dump``; the freezer holds the tasks as well
+begin()     CRIU seizes the tasks, which takes a while: memory can be read meanwhile
+dump()      CRIU writes images (and pages) and waits at ``post-dump``; hold(): the freezer holds the tasks as well
 finish()    the source's copy is killed          or   rollback()   it runs on as if nothing had been
 """
 
@@ -14,6 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,8 @@ class HeldDump:
         self._network = ContainerNetwork(host_for(containers.host, container.spec.network), container.id)
         self._session: CriuSession | None = None
         self._filter: PageFilter | None = None
+        self._helper = ThreadPoolExecutor(1, "criu-seizes")
+        self._seizing: Future[None] | None = None
         self._tcp_table: TcpTable | None = None
         self._udp: UdpQueues | None = None
         self._grace_periods = ExpeditedGracePeriods(containers.host.run_dir)
@@ -203,14 +207,23 @@ class HeldDump:
         self.unheard = tuple(self._tcp_table.unaccepted())
         ask_monitor(self._containers.host, self.container.id, "drain")
 
+    def begin(self) -> None:
+        """After ``cut_off``: CRIU seizes the tasks, in the background until ``dump`` waits for it. What they do in the
+        kernel goes on until then."""
+        session = self._active()
+        session.acknowledge()
+        self._seizing = self._helper.submit(self._advance_to, "query-ext-files", DUMP_TIMEOUT_S)
+
     def dump(self, before_walk: Callable[[], object] | None = None) -> None:
-        """Until CRIU has written everything; then tasks are held twice, by CRIU and by the freezer.
+        """Until CRIU has written everything; it holds the tasks then. Begins if need be.
 
         ``before_walk`` is called when all tasks stand still and CRIU has not looked at their memory yet.
         """
         session = self._active()
-        session.acknowledge()
-        self._advance_to("query-ext-files", DUMP_TIMEOUT_S)
+        if self._seizing is None:
+            self.begin()
+        assert self._seizing is not None
+        self._seizing.result()
         self.marks["seized"] = time.monotonic()
         if before_walk is not None:
             before_walk()
@@ -219,7 +232,9 @@ class HeldDump:
         session.acknowledge()
         self._advance_to("post-dump", DUMP_TIMEOUT_S)
         self.marks["dumped"] = time.monotonic()
-        # CRIU thawed the group after seizing its tasks. From now on nothing runs, whoever dies.
+
+    def hold(self) -> None:
+        """After ``dump``. CRIU thawed the group after seizing its tasks; from now on nothing runs, whoever dies."""
         self._cgroup.freeze(FREEZE_TIMEOUT_S)
         self.marks["held"] = time.monotonic()
 
@@ -252,6 +267,9 @@ class HeldDump:
 
     def rollback(self) -> None:
         """The container runs on, with its network; safe at any moment before ``finish`` and when called twice."""
+        if self._seizing is not None:
+            with contextlib.suppress(TimeoutError):
+                self._seizing.exception(FINISH_TIMEOUT_S)  # CRIU is heard by one thread at a time
         if self._session is not None:
             with contextlib.suppress(CriuFailed, OSError):
                 # CRIU waits for an answer, or will ask once more before it kills anything: then it finds this one.
@@ -297,6 +315,7 @@ class HeldDump:
             self._tcp_table.close()
         if self._udp is not None:
             self._udp.close()
+        self._helper.shutdown(wait=False)
         self._grace_periods.end()
         if self._closer is not None:
             self._closer.close()

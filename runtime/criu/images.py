@@ -248,13 +248,19 @@ def read_pagemap(path: Path) -> Pagemap:
     return Pagemap(pages_id=head.pages_id, entries=tuple(entries))
 
 
+def image_files(directory: Path, prefix: str = "") -> list[Path]:
+    """Those whose names begin so, sorted. Not by a pattern, which would have to be compiled in the blackout."""
+    names = (name for name in os.listdir(directory) if name.startswith(prefix) and name.endswith(".img"))
+    return [directory / name for name in sorted(names)]
+
+
 def image_set_summary(directory: Path) -> ImageSetSummary:
     """Count what a complete image set holds. Raises CorruptData."""
     tasks = threads = 0
     for record in _records(directory / "pstree.img", _PSTREE):
         tasks += 1
         threads += len(_decode(pstree_pb2.pstree_entry, record, directory).threads)
-    pagemaps = (read_pagemap(path) for path in directory.glob("pagemap-*.img"))
+    pagemaps = (read_pagemap(path) for path in image_files(directory, "pagemap-"))
     pages = sum(entry.pages for pagemap in pagemaps for entry in pagemap.entries if entry.flags & PE_PRESENT)
     return ImageSetSummary(tasks=tasks, threads=threads, pages=pages)
 

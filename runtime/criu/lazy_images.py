@@ -14,9 +14,10 @@ from pathlib import Path
 
 from pycriu.images import mm_pb2
 
-from runtime.criu.images import MAX_BATCH_BYTES, PageImageWriter, _decode, _records
+from runtime.criu.images import MAX_BATCH_BYTES, PageImageWriter, _decode, _records, image_files
 from runtime.criu.page_protocol import PAGE_BYTES, PE_PRESENT, SpaceId
 from runtime.errors import CorruptData
+from runtime.memory.ranges import PageRanges
 from runtime.memory.store import MAX_ADDRESS, Store
 
 _MM = 0x57492820
@@ -77,27 +78,29 @@ def write_lazy_images(
     criu_version: tuple[int, int, int],
     stores: Mapping[SpaceId, Store],
     *,
+    present: Mapping[SpaceId, PageRanges],
     eager: Mapping[SpaceId, Sequence[Span]] | None = None,
 ) -> tuple[LazySpace, ...]:
     """Complete an image set that has everything but pages: what is not lazy moves from the stores into image files.
 
-    ``eager`` are further pages that must be there before the first instruction: runs that CRIU sent without PE_LAZY.
-    The stores hold afterwards what the pager has to serve, and pages of no mapping. Raises CorruptData and NoRoom.
+    ``present`` are the pages that exist, of each store; one that is a hole there is all zeros. ``eager`` are more pages
+    that must be there before the first instruction: runs that CRIU sent without PE_LAZY. The stores hold afterwards
+    what the pager has to serve, and pages of no mapping. Raises CorruptData and NoRoom.
     """
     writer = PageImageWriter(directory, criu_version)
     lazy_spaces = []
-    for path in sorted(directory.glob("mm-*.img")):
+    for path in image_files(directory, "mm-"):
         space = _task_of(path)
         lazy, rest = read_lazy_spans(path)
         lazy_spaces.append(LazySpace(vpid=space.id, spans=tuple(lazy)))
         writer.open(space)
         if space in stores:
-            wanted = _joined([*rest, *((eager or {}).get(space, ()))])
-            _move(writer, space, stores[space], wanted)
+            wanted = PageRanges.from_spans([*rest, *((eager or {}).get(space, ()))])
+            _move(writer, space, stores[space], wanted & present[space])
     for space, store in stores.items():
         if space.kind == "shmem":
             writer.open(space)
-            _move(writer, space, store, [(0, MAX_ADDRESS)])
+            _move(writer, space, store, present[space])
     writer.finish()
     return tuple(lazy_spaces)
 
@@ -109,9 +112,9 @@ def _task_of(path: Path) -> SpaceId:
     return SpaceId("task", int(number))
 
 
-def _move(writer: PageImageWriter, space: SpaceId, store: Store, spans: Iterable[Span]) -> None:
+def _move(writer: PageImageWriter, space: SpaceId, store: Store, pages: PageRanges) -> None:
     """In batches of runs, because a run can be a single page and a call of the writer opens the file."""
-    for batch in _batches(piece for span in spans for piece in _pieces(store, span)):
+    for batch in _batches(piece for span in pages.spans() for piece in _pieces(span)):
         runs = [(address, size // PAGE_BYTES, PE_PRESENT) for address, size in batch]
         with writer.reserve(space, runs) as view:
             position = 0
@@ -121,10 +124,10 @@ def _move(writer: PageImageWriter, space: SpaceId, store: Store, spans: Iterable
         store.punch(batch)
 
 
-def _pieces(store: Store, span: Span) -> Iterator[tuple[int, int]]:
-    for address, size in store.runs(*span):
-        for offset in range(0, size, _COPY_BYTES):
-            yield address + offset, min(_COPY_BYTES, size - offset)
+def _pieces(span: Span) -> Iterator[tuple[int, int]]:
+    start, end = span
+    for address in range(start, end, _COPY_BYTES):
+        yield address, min(_COPY_BYTES, end - address)
 
 
 def _batches(pieces: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:

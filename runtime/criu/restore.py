@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ class HeldRestore:
         self._session: CriuSession | None = None
         self._sandbox: dict[str, Any] = {}
         self._init_pid = 0
+        self._mounting = False
+        self._helper = ThreadPoolExecutor(1, "completes-images")
         self.marks: dict[str, float] = {}
         """time.monotonic() of: restore, namespaces, restored, release, connected, released"""
 
@@ -147,6 +150,13 @@ class HeldRestore:
         """This host's pid by the one inside, of every process that was restored."""
         return tasks_inside(self._init_pid, self._containers.cgroup(self.spec.id).pids())
 
+    def begin_mounting(self) -> None:
+        """Nothing changes the upper layer from outside any more. ``restore`` waits until it is done. Raises
+        CriuFailed."""
+        if self._launch is not None and not self._mounting:
+            self._mounting = True
+            self._launch.tell("mount")
+
     def restore(
         self,
         mounts: Sequence[ExternalMount],
@@ -155,25 +165,31 @@ class HeldRestore:
         auto_dedup: bool = False,
         lazy: bool = False,
         memory_files: Mapping[str, int] | None = None,
+        complete: Callable[[], object] = lambda: None,
     ) -> None:
         """Bring everything back up to the last moment before an instruction runs. Raises CriuFailed.
 
         ``lazy``: a pager listens in ``images`` and has the private memory (runtime/memory/pager.py).
         ``memory_files``: by the keys of segments.py, the index in the attribute of that name.
+        ``complete`` is called by another thread while CRIU makes namespaces; it looks at memory images, and at the
+        pager, only afterwards.
         """
         if self._session is None or self._launch is None:
             raise CriuFailed("the restore was not prepared")
         self.marks["restore"] = time.monotonic()
         self._grace_periods.begin()
-        self._launch.tell("mount")
+        self.begin_mounting()
         self._launch.expect("mounted")
         # CRIU opens the directory as /proc/<our pid>/fd/<number>, so it stays open here until then.
         images_fd = os.open(self._images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        completing = self._helper.submit(complete)
         try:
             with lazy_restore_allowed(self._containers.host.run_dir) if lazy else contextlib.nullcontext():
-                self._restore(images_fd, mounts, pipes, auto_dedup, lazy, memory_files or {})
+                self._restore(images_fd, mounts, pipes, auto_dedup, lazy, memory_files or {}, completing)
             take_lost_locks(self._images, self.tasks())
         finally:
+            wait([completing])
+            self._helper.shutdown()
             os.close(images_fd)
 
     def _restore(
@@ -184,6 +200,7 @@ class HeldRestore:
         auto_dedup: bool,
         lazy: bool,
         memory_files: Mapping[str, int],
+        completing: Future[object],
     ) -> None:
         assert self._session is not None
         request = restore_request(
@@ -208,8 +225,13 @@ class HeldRestore:
                 raise failure("restore", self._log_text(), event.cr_errno)
             if event.notify.script == "setup-namespaces":
                 self._init_pid = event.notify.pid
+                # While CRIU mounts; sockets are restored after its next question.
+                self._session.acknowledge()
                 self._set_up_network()
                 self.marks["namespaces"] = time.monotonic()
+                continue
+            if event.notify.script == "post-setup-namespaces":
+                completing.result()
             if event.notify.script == "post-restore":
                 self.marks["restored"] = time.monotonic()
                 return

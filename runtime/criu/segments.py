@@ -16,7 +16,7 @@ from typing import Any
 
 from pycriu.images import fdinfo_pb2, memfd_pb2, mm_pb2
 
-from runtime.criu.images import _IMG_COMMON, _MAGICS, _add_record, _decode, _records
+from runtime.criu.images import _IMG_COMMON, _MAGICS, _add_record, _decode, _records, image_files
 
 # criu/include/magic.h
 _MEMFD_INODE = 0x48453499
@@ -80,7 +80,7 @@ def takeable(images: Path) -> dict[int, MemoryFile]:
 
 def _held_by_descriptor(images: Path) -> set[int]:
     found = set()
-    for path in images.glob("fdinfo-*.img"):
+    for path in image_files(images, "fdinfo-"):
         entries = _all(path, _FDINFO, fdinfo_pb2.fdinfo_entry)
         found |= {entry.id for entry in entries if entry.type == fdinfo_pb2.MEMFD}
     return found
@@ -89,7 +89,7 @@ def _held_by_descriptor(images: Path) -> set[int]:
 def _mapped_unusually(images: Path) -> set[int]:
     """Files of which a mapping is private, or has less rights than a descriptor of ours would give it."""
     found = set()
-    for path in images.glob("mm-*.img"):
+    for path in image_files(images, "mm-"):
         for entry in _all(path, _MM, mm_pb2.mm_entry):
             for vma in entry.vmas:
                 shared = vma.status & _FILE_SHARED

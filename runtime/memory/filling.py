@@ -19,7 +19,7 @@ from runtime.linux import faults
 from runtime.linux.faults import PAGE_BYTES, FaultMessage, NotRegistered, ProcessGone, TryAgain
 from runtime.linux.files import punch_hole
 from runtime.memory.segments import Segments
-from runtime.memory.sparse import KnownRuns
+from runtime.memory.sparse import KnownRuns, first_pages
 
 # What is filled at a time when nobody waits, and when somebody waited just now: the next fault waits at most this long.
 FILL_BYTES = 1 << 20
@@ -223,14 +223,14 @@ class Filling:
         shift = segment.offset - segment.start
         low = max(segment.start, address & -AROUND_BYTES)
         high = min(segment.end, (address & -AROUND_BYTES) + AROUND_BYTES)
-        run = self.store.runs.next(address + shift, high + shift)
+        run = first_pages(self.store.fd, address + shift, high + shift, PAGE_BYTES)
         if run is None or run[0] != address + shift:
             return 0
         try:
             done = self._copy(address, run[0], run[1])
         except NotRegistered:
             done = self._copy(address, run[0], PAGE_BYTES)  # as in _fill_page
-        before = self.store.runs.next(low + shift, address + shift) if done else None
+        before = first_pages(self.store.fd, low + shift, address + shift, PAGE_BYTES) if done else None
         if before is not None:
             with contextlib.suppress(TryAgain, NotRegistered):
                 done += self._copy(before[0] - shift, *before)

@@ -62,7 +62,7 @@ def lazy_restore_allowed(run_dir: Path) -> Iterator[None]:
 
 def turn_off_what_is_left(run_dir: Path) -> None:
     """After a process of this host that was killed inside, unless somebody else is."""
-    if not any(run_dir.glob(f"{_MARKER}*")):
+    if not _markers(run_dir):
         return
     with contextlib.suppress(OSError), _opened() as fd, _locked(fd):
         if _remove_stale(run_dir) and not _held_by_others(fd, _RAISED):
@@ -71,12 +71,16 @@ def turn_off_what_is_left(run_dir: Path) -> None:
 
 def _remove_stale(run_dir: Path) -> bool:
     """Whether there were markers of processes that have ended."""
-    stale = [
-        marker for marker in run_dir.glob(f"{_MARKER}*") if not Path(f"/proc/{marker.name[len(_MARKER) :]}").exists()
-    ]
-    for marker in stale:
-        marker.unlink(missing_ok=True)
+    stale = [name for name in _markers(run_dir) if not os.path.exists(f"/proc/{name[len(_MARKER) :]}")]
+    for name in stale:
+        (run_dir / name).unlink(missing_ok=True)
     return bool(stale)
+
+
+def _markers(run_dir: Path) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):
+        return [name for name in os.listdir(run_dir) if name.startswith(_MARKER)]
+    return []
 
 
 @contextlib.contextmanager

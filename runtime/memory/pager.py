@@ -124,6 +124,11 @@ class Pager:
             os.close(descriptor)
         self._expect("listening", ANSWER_TIMEOUT_S)
 
+    def wait_until_told(self) -> None:
+        """It knows all spaces when this returns, and no task may come before: CRIU speaks to it on another socket."""
+        self._tell("count")
+        self._expect("counters", ANSWER_TIMEOUT_S)
+
     def begin_filling(self) -> None:
         """The restore is held at its end (post-restore), or released: fill what nobody asks for as well.
 

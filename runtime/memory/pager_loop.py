@@ -132,6 +132,7 @@ class PagerLoop:
         if not data:
             # Whoever started us has gone. A restore that has begun is not his any more.
             self._epoll.unregister(self._control)
+            self._may_fill = True
             if self._criu is None and not self.resumed:
                 self._end()
             else:
@@ -224,7 +225,8 @@ class PagerLoop:
             self._epoll.unregister(self._criu)
             self._criu.close()
             self._criu = None
-            self._may_fill = self.resumed = True
+            # Filling waits for the caller's word: CRIU still has to let go, and needs the processor.
+            self.resumed = True
             self._since = time.monotonic()
             self._tell("resumed", tasks=len(self._fillings))
         elif pid > 0:  # a zombie has no memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 
 
@@ -23,6 +24,28 @@ def data_runs(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 def next_run(fd: int, start: int, end: int) -> tuple[int, int] | None:
     """(offset, size in bytes) of the first stretch of data between two offsets, if there is any."""
     return KnownRuns(fd).next(start, end)
+
+
+def first_pages(fd: int, start: int, end: int, page_bytes: int) -> tuple[int, int] | None:
+    """``next_run`` between two offsets that are near each other: page by page, because the kernel does not tell where
+    a run ends before it has walked there, and somebody waits."""
+    first = _next_data(fd, start)
+    if first >= end:
+        return None
+    after = first + page_bytes
+    while after < end and _next_data(fd, after) == after:
+        after += page_bytes
+    return first, after - first
+
+
+def _next_data(fd: int, start: int) -> int:
+    """Beyond every offset when there is none."""
+    try:
+        return os.lseek(fd, start, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return sys.maxsize
+        raise
 
 
 class KnownRuns:

@@ -19,7 +19,7 @@ from runtime.memory.lazy import SYSCTL
 from runtime.memory.pager import Pager, PagerDied
 from runtime.specify import new_spec
 from tests.support.containers import one_host
-from tests.support.lazy import CHURN, CRIU, StoreServer, ToStores, churn_goes_on_and_is_right
+from tests.support.lazy import CHURN, CRIU, StoreServer, ToStores, churn_goes_on_and_is_right, present
 from tests.support.tasks import PATIENCE_S, wait_for
 
 WORKERS = 3
@@ -84,7 +84,8 @@ class Moved:
         held.prepare()
         pager = Pager(cgroup.paths(), record=self.directory / "pager.json")
         try:
-            for space in write_lazy_images(images, CRIU.version, self.stores.stores, eager=self.stores.eager):
+            stores, eager = self.stores.stores, self.stores.eager
+            for space in write_lazy_images(images, CRIU.version, stores, present=present(stores), eager=eager):
                 pager.add_space(space.vpid, self.stores.stores[SpaceId("task", space.vpid)], space.spans)
             self.stores.close()
             pager.listen(images)

@@ -16,6 +16,7 @@ from tests.support.lazy import (
     ToStores,
     churn_goes_on_and_is_right,
     dump_to_stores,
+    present,
     restore_lazily,
 )
 from tests.support.tasks import PATIENCE_S, Tasks, running_tasks
@@ -36,7 +37,9 @@ def moved(tasks: Tasks | Churn, directory: Path, *, early: bool = False) -> Iter
     try:
         dump_to_stores(tasks.pids[0], directory, consumer)
         tasks.reap()
-        spaces = write_lazy_images(directory, CRIU.version, consumer.stores, eager=consumer.eager)
+        spaces = write_lazy_images(
+            directory, CRIU.version, consumer.stores, present=present(consumer.stores), eager=consumer.eager
+        )
         with Pager([], record=directory / "pager.json") as pager:
             for space in spaces:
                 store = consumer.stores[SpaceId("task", space.vpid)]
@@ -44,6 +47,7 @@ def moved(tasks: Tasks | Churn, directory: Path, *, early: bool = False) -> Iter
             consumer.close()
             pager.listen(directory)
             restore_lazily(directory, (lambda _pid: pager.begin_filling()) if early else (lambda _pid: None))
+            pager.begin_filling()
             yield pager
     finally:
         consumer.close()

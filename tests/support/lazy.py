@@ -19,6 +19,7 @@ from runtime.criu.page_protocol import PE_LAZY
 from runtime.criu.pages import PageServer, PageTotals, RunReader, SpaceId, page_socketpair
 from runtime.criu.rpc import CriuSession
 from runtime.memory.lazy import lazy_restore_allowed
+from runtime.memory.ranges import PageRanges
 from runtime.memory.store import Store
 from tests.support.tasks import PATIENCE_S, dump_session, wait_for
 
@@ -48,6 +49,14 @@ class ToStores:
     def close(self) -> None:
         for store in self.stores.values():
             store.close()
+
+
+def present(stores: dict[SpaceId, Store]) -> dict[SpaceId, PageRanges]:
+    """The pages that are in them."""
+    return {
+        space: PageRanges.from_spans((address, address + size) for address, size in store.runs())
+        for space, store in stores.items()
+    }
 
 
 class StoreServer:

@@ -214,7 +214,7 @@ def test_without_a_common_protocol_both_versions_are_named(ours: messages.Hello,
 
 
 def test_a_hello_without_oldest_is_understood() -> None:
-    assert messages.Hello.parse({"type": "hello", "protocol": 1, "version": "0", "host": "h"}).oldest == 1
+    assert messages.Hello.parse({"type": "hello", "protocol": 2, "version": "0", "host": "h"}).oldest == 2
 
 
 def test_every_message_and_every_field_is_documented() -> None:

@@ -56,6 +56,7 @@ class Passes:
         return self.out.sent_bytes["files"] - before
 
     def finish(self) -> None:
+        self._incoming.begin()
         self._incoming.finish()
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from runtime.memory.sparse import KnownRuns, data_runs
+from runtime.memory.sparse import KnownRuns, data_runs, first_pages
 
 PAGE = 4096
 
@@ -47,3 +47,10 @@ def test_what_comes_later_is_found_although_its_neighbour_was_remembered(file: i
     assert runs.next(2 * PAGE, 10 * PAGE) == (2 * PAGE, 2 * PAGE)
     os.pwrite(file, b"y" * PAGE, 4 * PAGE)
     assert runs.next(4 * PAGE, 10 * PAGE) == (4 * PAGE, PAGE)
+
+
+def test_page_by_page_the_same_is_found(file: int) -> None:
+    for start in range(10):
+        for end in range(start, 13):
+            wanted = KnownRuns(file).next(start * PAGE, end * PAGE)
+            assert first_pages(file, start * PAGE, end * PAGE, PAGE) == wanted

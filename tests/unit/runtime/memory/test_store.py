@@ -7,6 +7,7 @@ import pytest
 
 from runtime.errors import CorruptData
 from runtime.memory.digests import MemoryDigest
+from runtime.memory.ranges import PageRanges
 from runtime.memory.store import MAX_ADDRESS, Store
 
 PAGE = 4096
@@ -70,3 +71,14 @@ def test_digests_agree_whether_zeros_are_stored_or_not_and_however_memory_is_cut
         other.write(HIGH, struct.pack("<Q", 1) + content[8:PAGE])
         assert one.digest() != other.digest()
         assert one.digest([(HIGH + PAGE, 3 * PAGE)]) == other.digest([(HIGH + PAGE, 3 * PAGE)])
+
+
+def test_what_is_not_to_be_kept_is_no_more() -> None:
+    with Store("s") as store:
+        for page in range(8):
+            store.write(page * PAGE, bytes([page + 1]) * PAGE)
+        store.write(1 << 46, b"x" * PAGE)
+        store.keep_only(PageRanges.from_spans([(PAGE, 3 * PAGE), (6 * PAGE, 20 * PAGE)]))
+        assert list(store.runs()) == [(PAGE, 2 * PAGE), (6 * PAGE, 2 * PAGE)]
+        store.keep_only(PageRanges.from_spans([]))
+        assert not store.bytes
