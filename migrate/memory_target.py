@@ -52,7 +52,8 @@ class PageSink(Protocol):
         ...
 
     def begin(self) -> None:
-        """All has come: CRIU may begin to restore, and to make namespaces, when this returns."""
+        """All has come: CRIU may begin to restore, and to make namespaces, when this returns. Those can hold shared
+        memory."""
         ...
 
     def finish(self) -> None:
@@ -112,6 +113,7 @@ class StorePages:
         """Address spaces' pages that came after the freeze: who changed them was at work with them."""
         self._remote: dict[SpaceId, list[tuple[int, int]]] = {}
         self.lazy = False
+        self._finished = False
         self.missing: dict[int, PageRanges] = {}
         """By pid inside, after ``finish``: what the pager has to be brought; the stores are still open then."""
 
@@ -175,8 +177,13 @@ class StorePages:
         self.lazy = bool(self._remote) or not eager_is_better(wanted, 0)
         if self.lazy:
             self._pager.listen(self._images)
+        if any(space.kind == "shmem" for space in self._runs):
+            self.finish()
 
     def finish(self) -> None:
+        if self._finished:
+            return
+        self._finished = True
         self._writer.finish()
         if self.lazy:
             self._finish_lazy()

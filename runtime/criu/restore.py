@@ -171,8 +171,8 @@ class HeldRestore:
 
         ``lazy``: a pager listens in ``images`` and has the private memory (runtime/memory/pager.py).
         ``memory_files``: by the keys of segments.py, the index in the attribute of that name.
-        ``complete`` is called by another thread while CRIU makes namespaces; it looks at memory images, and at the
-        pager, only afterwards.
+        ``complete`` is called by another thread while CRIU makes namespaces; it looks at images of private memory, and
+        speaks to the pager of tasks, only afterwards.
         """
         if self._session is None or self._launch is None:
             raise CriuFailed("the restore was not prepared")
@@ -227,7 +227,11 @@ class HeldRestore:
                 self._init_pid = event.notify.pid
                 # While CRIU mounts; sockets are restored after its next question.
                 self._session.acknowledge()
-                self._set_up_network()
+                try:
+                    self._set_up_network()
+                except Exception:
+                    self._complain_first()
+                    raise
                 self.marks["namespaces"] = time.monotonic()
                 continue
             if event.notify.script == "post-setup-namespaces":
@@ -236,6 +240,14 @@ class HeldRestore:
                 self.marks["restored"] = time.monotonic()
                 return
             self._session.acknowledge()
+
+    def _complain_first(self) -> None:
+        """Something went wrong while CRIU was at work. Where that has failed, its namespaces have gone with it, and what
+        it says is the cause."""
+        assert self._session is not None
+        event = self._session.next_event(RESTORE_TIMEOUT_S)
+        if event.type != rpc.NOTIFY:
+            raise failure("restore", self._log_text(), event.cr_errno)
 
     def _set_up_network(self) -> None:
         # The bridge must not know the address here yet: an empty namespace would answer peers with a reset.
