@@ -99,8 +99,15 @@ class LiveMemory:
 
     def scan_frozen(self) -> None:
         """Everything is frozen: find what private memory the target lacks, for ``send_frozen``. Shared memory waits
-        until nothing can change."""
-        self._scan_private()
+        until nothing can change. What this leaves out ``finish`` finds."""
+        if not self._pid_of:
+            self._scan_private()
+            return
+        inside_of = {pid: inside for inside, pid in self._pid_of.items()}
+        found = {inside_of[pid]: ranges for pid, ranges in self._tracker.glance(inside_of).items()}
+        for inside, ranges in found.items():
+            self.fresh[inside] = self.fresh.get(inside, EMPTY) - ranges
+        self._split = self._deferral.scanned(found)
 
     def send_frozen(self) -> None:
         self._send_private(defer_hot=False)

@@ -242,8 +242,8 @@ class HeldRestore:
             self._session.acknowledge()
 
     def _complain_first(self) -> None:
-        """Something went wrong while CRIU was at work. Where that has failed, its namespaces have gone with it, and what
-        it says is the cause."""
+        """Something went wrong while CRIU was at work. Where that has failed, its namespaces have gone with it: what it
+        says is the cause."""
         assert self._session is not None
         event = self._session.next_event(RESTORE_TIMEOUT_S)
         if event.type != rpc.NOTIFY:

@@ -113,13 +113,20 @@ class DirtyTracker(Protocol):
     """Watches the memory of a changing set of processes while they run.
 
     What is promised: a page whose content differs between the return of one scan and the return of the next is in
-    ``to_copy`` of the next, or no longer in ``existing``. So a copy that is made of ``to_copy`` *after* each scan, with
-    what is not in ``existing`` forgotten, equals the memory after a scan during which nothing runs (the last one).
+    ``to_copy`` of the next, or in what ``glance`` gave in between, or no longer in ``existing``. So a copy that is made
+    of these *after* each scan or glance, with what is not in ``existing`` forgotten, equals the memory after a scan
+    during which nothing runs (the last one).
     A page may be reported though it has not changed.
     """
 
     def arm(self, pids: Iterable[int]) -> None:
         """Begin to watch these processes. Does not fail for a single process: its reason is in the scan."""
+
+    def glance(self, pids: Iterable[int]) -> Mapping[int, PageRanges]:
+        """Everything is frozen, and the final scan is soon to come: by pid, pages that it would report, as far as they
+        are found in a fraction of its time. It will report them only if they are written again, or if it finds that
+        nobody watched them.
+        """
 
     def scan(self, pids: Iterable[int], *, final: bool = False) -> Scan:
         """Everything since the last scan, for the processes that exist now (read the cgroup again each time).

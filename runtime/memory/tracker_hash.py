@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from runtime.linux.probes import has_pagemap_scan
@@ -63,6 +63,9 @@ class HashTracker:
         took_ms = (time.perf_counter() - begin) * 1e3
         gone = tuple(sorted(known - alive))
         return Scan(processes=tuple(found), segments=segments, gone=gone, took_ms=took_ms, spaces=tuple(spaces))
+
+    def glance(self, pids: Iterable[int]) -> Mapping[int, PageRanges]:
+        return {process.pid: process.to_copy for process in self.scan(pids).processes}
 
     def copied(self, space: int | Segment, address: int, data: memoryview) -> None:
         if isinstance(space, Segment):

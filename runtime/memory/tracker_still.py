@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from runtime.linux.probes import has_pagemap_scan
 from runtime.memory.api import ProcessScan, Scan, Segment, TrackerFacts
@@ -50,6 +50,9 @@ class StillTracker:
             self._existing[pid] = existing_pages(space, private_mappings(space), use_scan=self._use_scan)
         existing = self._existing[pid]
         return ProcessScan(pid=pid, existing=existing, dirty=existing - PageRanges.from_spans(self._copied[pid]))
+
+    def glance(self, pids: Iterable[int]) -> Mapping[int, PageRanges]:
+        return {process.pid: process.to_copy for process in self.scan(pids).processes}
 
     def copied(self, space: int | Segment, address: int, data: memoryview) -> None:
         if isinstance(space, int):

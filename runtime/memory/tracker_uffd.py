@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from runtime.linux.pagemap import Pagemap
 from runtime.linux.processes import same_open_file
 from runtime.memory.api import ProcessScan, Scan, Segment, TrackerFacts
 from runtime.memory.place import NotInjected
+from runtime.memory.ranges import PageRanges
 from runtime.memory.remote import Injected, LeftBehind
 from runtime.memory.shared import SharedMemory
 from runtime.memory.tasks import AddressSpace, owner_of_memory, read_address_space, start_ticks
@@ -102,6 +103,16 @@ class UffdTracker:
         took_ms = (time.perf_counter() - begin) * 1e3
         gone = tuple(sorted(known - alive))
         return Scan(processes=tuple(found), segments=segments, gone=gone, took_ms=took_ms, spaces=tuple(spaces))
+
+    def glance(self, pids: Iterable[int]) -> Mapping[int, PageRanges]:
+        found = {}
+        for pid in pids:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                task = self._tasks.get(pid)
+                if task is not None and task.armed and task.space is not None:
+                    with Pagemap(task.space.tid) as pagemap:
+                        found[pid] = task.memory.glance(pagemap)
+        return found
 
     def copied(self, space: int | Segment, address: int, data: memoryview) -> None:
         # Of processes the kernel says what was written.

@@ -96,6 +96,12 @@ class WatchedMemory:
             reason=self.reason,
         )
 
+    def glance(self, pagemap: Pagemap) -> PageRanges:
+        """What was written since the last scan where that found something to watch; protected again. Whether it is
+        watched still the next scan will say."""
+        written = _ranges(pagemap.written(start, end, protect=True) for start, end, _files in self._layout.stretches)
+        return written & self._layout.spans
+
     def _watch_new(self, pagemap: Pagemap, new: Sequence[Mapping]) -> dict[str, PageRanges]:
         """Register and protect. Existing pages of these mappings by reason, NEW_MAPPING where that has worked."""
         assert self.descriptor is not None

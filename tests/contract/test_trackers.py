@@ -171,6 +171,25 @@ def test_a_process_that_does_not_exist_is_left_out(tracker: DirtyTracker) -> Non
     assert tracker.scan([2**22 + 1]).processes == ()
 
 
+def test_what_a_glance_finds_the_last_scan_reports_only_when_it_was_written_again(
+    tracker: DirtyTracker, mapper: Mapper
+) -> None:
+    copies = Copies(tracker)
+    mapper.order("map", area=1, pages=64, kind="anon")
+    mapper.order("write", area=1, page=0, count=64, value=1, how="instruction")
+    tracker.arm(mapper.pids)
+    copies.follow(mapper.pids)
+    start = _area(mapper, pages=64)
+    mapper.order("write", area=1, page=5, count=3, value=2, how="instruction")
+    found = tracker.glance(mapper.pids)[mapper.pids[0]]
+    assert _pages_in_area(found, start, 64) == {5, 6, 7}
+    mapper.order("write", area=1, page=9, count=1, value=3, how="instruction")
+    copies.glance(mapper.pids)
+    mapper.order("write", area=1, page=9, count=2, value=4, how="instruction")
+    (last,) = copies.follow(mapper.pids, final=True).processes
+    assert _pages_in_area(last.to_copy, start, 64) - {5, 6, 7} == {9, 10}
+
+
 # Shared memory
 
 
@@ -274,6 +293,7 @@ ORDERS = st.one_of(
     st.just({"op": "exec"}),
 )
 SCAN = st.just({"op": "scan"})
+GLANCE = st.just({"op": "glance"})
 # Three areas to begin with, so that most orders find something.
 BEGIN: list[dict[str, Any]] = [
     {"op": "map", "area": 1, "pages": 40, "kind": "anon"},
@@ -293,7 +313,7 @@ def test_copies_that_follow_the_scans_equal_memory_after_any_history(name: str) 
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.lists(st.one_of(ORDERS, ORDERS, SCAN), min_size=5, max_size=40))
+    @given(st.lists(st.one_of(ORDERS, ORDERS, SCAN, GLANCE), min_size=5, max_size=40))
     def follow(history: list[dict[str, Any]]) -> None:
         tracker = MAKERS[name]()
         try:
@@ -315,6 +335,8 @@ def _follow_history(tracker: DirtyTracker, mapper: Mapper, history: list[dict[st
         if each["op"] == "scan":
             copies.follow(mapper.pids)
             copies.check(mapper.pids)
+        elif each["op"] == "glance":
+            copies.glance(mapper.pids)
         else:
             mapper.order(**each)
     copies.follow(mapper.pids, final=True)

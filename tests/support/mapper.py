@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.memory.api import DirtyTracker, ProcessScan, Scan, Segment, SegmentScan
+from runtime.memory.ranges import PageRanges
 
 WORKLOAD = Path(__file__).resolve().parents[1] / "workloads" / "mapper.py"
 PAGE = 4096
@@ -98,6 +99,15 @@ class Copies:
         self._segments = {each.segment: self._follow_segment(each) for each in scan.segments}
         return scan
 
+    def glance(self, pids: list[int]) -> None:
+        """As ``follow``, as far as a glance tells. Of what can not be read it is only known that it has changed."""
+        for pid, ranges in self._tracker.glance(pids).items():
+            kept = self._pages.setdefault(pid, {})
+            for start, end in ranges.spans():
+                for page in range(start, end, PAGE):
+                    kept.pop(page, None)
+            self._copy_ranges(pid, ranges, kept)
+
     def _follow_segment(self, scan: SegmentScan) -> dict[int, bytes]:
         kept = self._segments.get(scan.segment, {})
         existing = {page for start, end in scan.existing.spans() for page in range(start, end, PAGE)}
@@ -114,12 +124,15 @@ class Copies:
         existing = {page for start, end in process.existing.spans() for page in range(start, end, PAGE)}
         for page in kept.keys() - existing:
             del kept[page]
+        self._copy_ranges(process.pid, process.to_copy, kept)
+
+    def _copy_ranges(self, pid: int, ranges: PageRanges, kept: dict[int, bytes]) -> None:
         # It may end between the scan and this.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            memory = os.open(f"/proc/{process.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                for start, end in process.to_copy.spans():
-                    self._copy(memory, process.pid, start, end, kept)
+                for start, end in ranges.spans():
+                    self._copy(memory, pid, start, end, kept)
             finally:
                 os.close(memory)
 

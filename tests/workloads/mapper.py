@@ -46,8 +46,9 @@ libc.sbrk.argtypes, libc.sbrk.restype = (ctypes.c_long,), pointer
 class Area:
     """``pages``: for each page its protection, None where it is unmapped."""
 
-    def __init__(self, address: int, pages: int, protection: int) -> None:
+    def __init__(self, address: int, pages: int, protection: int, *, of_file: bool = False) -> None:
         self.address = address
+        self.of_file = of_file
         self.pages: list[int | None] = [protection] * pages
         self.guarded: set[int] = set()
 
@@ -89,7 +90,7 @@ class Mapper:
             address = libc.mmap(aligned, pages * PAGE, protection, flags | MAP_FIXED, descriptor, 0)
             if kind == "huge":
                 libc.madvise(address, pages * PAGE, ADVICE["hugepage"])
-        self.areas[area] = Area(address, pages, protection)
+        self.areas[area] = Area(address, pages, protection, of_file=kind == "file")
         return address != FAILED
 
     def op_unmap(self, area: int, page: int, count: int) -> bool:
@@ -173,9 +174,9 @@ class Mapper:
             moved = libc.mremap(found.address, old * PAGE, pages * PAGE, flags, place)
         if moved == FAILED:
             return False
-        self.areas[area] = Area(moved, pages, protection)
+        self.areas[area] = Area(moved, pages, protection, of_file=found.of_file)
         if how == "dontunmap":
-            self.areas[max(self.areas) + 100] = Area(found.address, old, protection)
+            self.areas[max(self.areas) + 100] = Area(found.address, old, protection, of_file=found.of_file)
         return True
 
     def op_advise(self, area: int, page: int, count: int, advice: str) -> bool:
@@ -183,7 +184,8 @@ class Mapper:
         if found is None or any(found.pages[each] is None for each in range(page, min(page + count, len(found.pages)))):
             return False
         last = min(page + count, len(found.pages))
-        if last <= page:
+        # Guards over a mapped file make the kernel (6.18) turn in a circle for as long as somebody watches (ADR 10).
+        if last <= page or (advice == "guard" and found.of_file):
             return False
         done = libc.madvise(found.at(page), (last - page) * PAGE, ADVICE[advice]) == 0
         if done and advice == "guard":
