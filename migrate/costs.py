@@ -16,8 +16,10 @@ GIB = 1 << 30
 # lasts: at 1 the container's dirty rate would have to be zero, at 0 a round would be run for a gain that nobody sees.
 LEAST_GAIN = 0.05
 WORTH = 0.25
-# Nobody minds that a move takes so much longer; the fixed costs see to it that such rounds are few.
+# Nobody minds that a move takes so much longer, so less is asked of such a round. What is left at the end is pages here
+# and there, which cost more than their bytes say.
 SHORT_ROUND_S = 0.1
+LEAST_GAIN_OF_SHORT = 0.02
 # Time constants that are tried, in seconds; a quarter apart, which is finer than any round can tell.
 _TAUS_S = tuple(0.004 * 1.25**step for step in range(42))
 # Fits this close to the best are as good as it; of them the quickest working set is taken, the cautious answer.
@@ -45,10 +47,10 @@ class FixedCosts:
 
 def round_pays(now_ms: float, then_ms: float, round_s: float, *, limit_ms: float, worth: float = WORTH) -> bool:
     """Whether to run a round of ``round_s`` that takes the blackout from ``now_ms`` to ``then_ms``."""
-    gain_ms = now_ms - then_ms
-    if gain_ms < now_ms * LEAST_GAIN:
+    gain_ms, short = now_ms - then_ms, round_s <= SHORT_ROUND_S
+    if gain_ms < now_ms * (LEAST_GAIN_OF_SHORT if short else LEAST_GAIN):
         return False
-    return now_ms > limit_ms or round_s <= SHORT_ROUND_S or gain_ms >= round_s * 1000 * worth
+    return now_ms > limit_ms or short or gain_ms >= round_s * 1000 * worth
 
 
 @dataclass(frozen=True, kw_only=True)

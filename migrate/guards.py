@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -17,17 +18,21 @@ CALLING_OFF = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Once the time is up the alarm comes again until it is heard: its exception may have been swallowed on its way, by a
 # finalizer, say.
 AGAIN_S = 0.5
+# Python's own is ten times as long, which is what CRIU then waits for an answer.
+SWITCH_INTERVAL_S = 0.0005
 
 
 @contextlib.contextmanager
-def garbage_collector_off() -> Iterator[None]:
-    """No collection in the blackout: with a large heap one takes milliseconds."""
-    was_on = gc.isenabled()
-    gc.collect()
+def without_pauses() -> Iterator[None]:
+    """For a blackout: no garbage is collected, which takes milliseconds with a large heap; and no thread keeps the
+    interpreter from another for long, which may be the one that has to answer CRIU."""
+    was_on, interval_s = gc.isenabled(), sys.getswitchinterval()
     gc.disable()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         yield
     finally:
+        sys.setswitchinterval(interval_s)
         if was_on:
             gc.enable()
 

@@ -17,7 +17,7 @@ from migrate.departure import UndoWindow, keep_copy, leave_record, must_give_bac
 from migrate.errors import ContainerLost, InDoubt, MoveRefused, PeerFailed, RolledBack, name_peer
 from migrate.filtering import load_filter
 from migrate.frozen_state import send_frozen_state
-from migrate.guards import CallOff, garbage_collector_off, signals_ignored
+from migrate.guards import CallOff, signals_ignored, without_pauses
 from migrate.journal import Journal
 from migrate.leaving import Leaving
 from migrate.machine import JOURNALED, Action, Event, Phase, step
@@ -147,7 +147,7 @@ class SourceMove:
     def run(self) -> None:
         """Returns with the container on the target; raises RolledBack (it runs here), or InDoubt."""
         try:
-            with garbage_collector_off(), self._call_off.noticed():
+            with without_pauses(), self._call_off.noticed():
                 self._go()
         except BaseException as error:
             self._fail(self._call_off.cause(error))

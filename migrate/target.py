@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from migrate import messages
 from migrate.causes import target_event_of
 from migrate.errors import ContainerLost, MoveRefused, describe
+from migrate.guards import without_pauses
 from migrate.incoming import Incoming
 from migrate.journal import COMPLETE, RELEASING, Journal, boot_id
 from migrate.losses import report_loss
@@ -399,4 +400,5 @@ class TargetMove:
 
 def handle_offer(asked: Asked, message: Mapping[str, Any]) -> None:
     """Handler of "offer" for session.HANDLERS: one move, from offer to done."""
-    TargetMove(asked, messages.Offer.parse(message)).run()
+    with without_pauses():
+        TargetMove(asked, messages.Offer.parse(message)).run()
