@@ -242,12 +242,10 @@ class TargetMove:
         self._journal.note("RESTORED_HELD", self._shared.facts() if self._shared else None)
 
     def _complete_memory(self) -> None:
+        """While CRIU makes namespaces. In post-copy the restore, too, may wait from here on for a page that is still on
+        the source."""
         assert self._incoming is not None
         self._incoming.finish()
-        self._bring_what_is_missing()
-
-    def _bring_what_is_missing(self) -> None:
-        """Post-copy. From here on the restore, too, may wait for a page that is still on the source."""
         if self._stores is None or self._pager is None or not any(self._stores.missing.values()):
             return
         missing, stores = self._stores.missing, self._stores.take_stores()
