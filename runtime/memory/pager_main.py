@@ -10,7 +10,7 @@ FD is one end of a SOCK_SEQPACKET pair: JSON datagrams, descriptors by SCM_RIGHT
                                               plan: pairs of u64 (start, end): so many spans, so many hot ones, and
                                               what is not in the store yet
           {"op": "listen"} + [directory]      lazy-pages.socket is there when "listening" is answered
-          {"op": "fill"}                      the restore is at its end but held: begin to fill
+          {"op": "fill"}                      the restore is at its end, held or over: begin to fill
           {"op": "arrived", "vpid", "runs"}   offset, size, ...: this is in the store now
           {"op": "lose", "why"}               nothing will arrive any more: die if anything is missing
           {"op": "count"}                     -> {"event": "counters", ...}
@@ -19,8 +19,8 @@ FD is one end of a SOCK_SEQPACKET pair: JSON datagrams, descriptors by SCM_RIGHT
           {"event": "want", "vpid", "offset"} somebody waits for a page that is not in the store yet
   guard:  {"event": "died", "what", "never_ran"}: the pager is dead, and so is the container; "never_ran" when CRIU had
           not told the pager that the restore is finished, which it does before it lets a task go
-The caller closing FD before CRIU has connected ends the pager; afterwards nobody needs to be there, unless something
-has not arrived yet: then that is the end of the container.
+The caller closing FD before CRIU has connected ends the pager; afterwards nobody needs to be there, and it fills
+without being told, unless something has not arrived yet: then that is the end of the container.
 """
 
 from __future__ import annotations
