@@ -101,6 +101,8 @@ class StorePages:
         self, images: Path, criu_version: tuple[int, int, int], pager: Pager, *, keep_stores: bool = False
     ) -> None:
         """``keep_stores``: ``kept`` has the stores after ``finish``, too, as far as memory is still in them."""
+        # Before the blackout; CRIU comes to it only where it is to be used.
+        pager.listen(images)
         self._images = images
         self._criu_version = criu_version
         self._pager = pager
@@ -175,8 +177,6 @@ class StorePages:
     def begin(self) -> None:
         wanted = sum(pages for runs in self._runs.values() for _address, pages, _flags in runs) * PAGE_BYTES
         self.lazy = bool(self._remote) or not eager_is_better(wanted, 0)
-        if self.lazy:
-            self._pager.listen(self._images)
         if any(space.kind == "shmem" for space in self._runs):
             self.finish()
 

@@ -223,14 +223,8 @@ class TargetMove:
             self._expected.begin(self._work.path)
         self._restore.neighbours, self._restore.unheard = self._state.neighbours, self._state.unheard
         files = self._shared.give_to_criu(self._work.path, self._state.shared) if self._shared is not None else {}
-        self._restore.restore(
-            self._state.mounts,
-            self._state.pipes,
-            auto_dedup=not lazy,
-            lazy=lazy,
-            memory_files=files,
-            complete=self._complete_memory,
-        )
+        mounts, pipes, complete = self._state.mounts, self._state.pipes, self._complete_memory
+        self._restore.restore(mounts, pipes, auto_dedup=not lazy, lazy=lazy, memory_files=files, complete=complete)
         self._incoming.finish_shared(self._state, self._restore.tasks)
         if self._expected is not None:
             found = self._expected.compare(self._restore.tasks(), self._stores)

@@ -24,7 +24,7 @@ from runtime.criu.binary import CriuBinary
 from runtime.criu.locks import take_lost_locks
 from runtime.criu.log import failure
 from runtime.criu.options import ExternalMount, restore_request
-from runtime.criu.rpc import CriuSession
+from runtime.criu.rpc import ENVIRONMENT, CriuSession
 from runtime.criu.segments import ANONYMOUS_NAME
 from runtime.errors import CriuFailed
 from runtime.farewell import Farewell
@@ -120,6 +120,7 @@ class HeldRestore:
             run_dir=self._run_dir,
             cgroup_paths=cgroup.paths(),
             criu_argv=self._criu.argv,
+            criu_environment=tuple(ENVIRONMENT.items()),
         )
         try:
             for _ in range(MEMORY_FILES):
@@ -215,10 +216,6 @@ class HeldRestore:
             lazy=lazy,
         )
         self._session.send(request)
-        # While CRIU works.
-        if self._table is not None:
-            self._table.get_ready(self.neighbours)
-        self._redelivery.get_ready(self._images)
         while True:
             event = self._session.next_event(RESTORE_TIMEOUT_S)
             if event.type != rpc.NOTIFY:
@@ -250,6 +247,9 @@ class HeldRestore:
             raise failure("restore", self._log_text(), event.cr_errno)
 
     def _set_up_network(self) -> None:
+        if self._table is not None:
+            self._table.get_ready(self.neighbours)
+        self._redelivery.get_ready(self._images)
         # The bridge must not know the address here yet: an empty namespace would answer peers with a reset.
         if self.spec.network is not None:
             self._network.attach(self._init_pid, self.spec.network, connect=False)

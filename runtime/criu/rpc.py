@@ -20,6 +20,8 @@ from runtime.errors import CriuFailed
 from runtime.linux.seqpacket import receive
 
 MAX_MESSAGE_BYTES = 1 << 20
+# Every function is looked up when CRIU starts, and not in the blackout when it is called first.
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LD_BIND_NOW": "1"}
 
 
 class CriuSession:
@@ -52,7 +54,7 @@ class CriuSession:
                 stdout=output,
                 stderr=output,
                 pass_fds=(theirs.fileno(), *pass_fds),
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **(environment or {})},
+                env={**ENVIRONMENT, **(environment or {})},
                 start_new_session=True,
                 cwd="/",
             )

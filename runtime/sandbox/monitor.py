@@ -207,9 +207,8 @@ class Monitor:
             os.dup2(fd, number)
         os.closerange(max(wanted) + 1, 4096)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **self._config["criu_environment"]}
         argv = [*self._config["criu_argv"], "swrk", str(CRIU_RPC_FD)]
-        os.execve(argv[0], argv, environment)
+        os.execve(argv[0], argv, self._config["criu_environment"])
 
     def _undo(self) -> None:
         """Kill what was started; mounts go with this process."""
