@@ -10,8 +10,7 @@ import fcntl
 import os
 import struct
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +37,6 @@ PAGEMAP_SCAN = (1 | 2) << 30 | _SCAN.size << 16 | ord("f") << 8 | 16
 REGIONS = 16384
 # The process can not map and unmap memory during one call: 128 MiB of pages take about 2 ms.
 STEP_PAGES = 32768
-# What one thread looks through at a time where there is more: 1 ms, which is worth waking another one up for.
-PART_BYTES = 256 << 20
-MOST_THREADS = 4
-MOST_PARTS = 16
 
 # Bits of an entry of /proc/PID/pagemap.
 _PM_FILE = np.uint64(1 << 61)
@@ -61,13 +56,14 @@ Bounds = NDArray[np.uint64]
 class Pagemap:
     """/proc/PID/pagemap of one process; it stays with the memory of the program that the process runs now.
 
-    Every method raises ProcessLookupError when that memory has gone.
+    Not for use by several threads at once. Every method raises ProcessLookupError when that memory has gone.
     """
 
     def __init__(self, pid: int) -> None:
         """Raises FileNotFoundError or ProcessLookupError when the process has gone."""
         self._target = f"process {pid}"
         self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self._regions = np.zeros((REGIONS, 3), dtype=np.uint64)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -111,22 +107,13 @@ class Pagemap:
         WPALLOWED: a userfaultfd watches there; only then WRITTEN counts: written since it was last protected.
         """
         either = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-
-        def look(stretch: tuple[int, int, bool]) -> list[Bounds]:
-            start, end, of_files = stretch
+        found: list[Bounds] = []
+        for start, end, of_files in stretches:
             # Whose page it is costs the kernel more to find out than all the rest.
             excluded = (0 if with_zeros else PAGE_IS_PFNZERO) | (PAGE_IS_FILE if of_files else 0)
             wanted = (excluded, excluded, either, either | PAGE_IS_WPALLOWED | PAGE_IS_WRITTEN)
-            return self._scan(0, start, end, wanted)
-
-        parts = [part for stretch in stretches for part in _parts(stretch)]
-        if sum(end - start for start, end, _files in parts) > PART_BYTES:
-            # In the blackout the processors have little else to do.
-            with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as helpers:
-                found = list(helpers.map(look, parts))
-        else:
-            found = list(map(look, parts))
-        regions = _joined([piece for pieces in found for piece in pieces], 3)
+            found += self._scan(0, start, end, wanted)
+        regions = _joined(found, 3)
         swapped = regions[:, 2] & np.uint64(PAGE_IS_PRESENT) == 0
         return _joined([regions[~swapped], *self._swapped(regions[swapped])], 3) if swapped.any() else regions
 
@@ -165,12 +152,11 @@ class Pagemap:
     def _scan(self, flags: int, start: int, end: int, categories: tuple[int, int, int, int]) -> list[Bounds]:
         """Rows of start, end and categories."""
         found: list[Bounds] = []
-        regions = np.empty((REGIONS, 3), dtype=np.uint64)
         while start < end:
-            vector = (regions.ctypes.data, REGIONS, STEP_PAGES)
+            vector = (self._regions.ctypes.data, len(self._regions), STEP_PAGES)
             argument = bytearray(_SCAN.pack(_SCAN.size, flags, start, end, 0, *vector, *categories))
             if count := self._ioctl(argument):
-                found.append(regions[:count].copy())
+                found.append(self._regions[:count].copy())
             start = int.from_bytes(argument[_WALK_END_AT : _WALK_END_AT + 8], sys.byteorder)
         return found
 
@@ -181,14 +167,6 @@ class Pagemap:
             raise
         except OSError as error:
             raise KernelCallFailed("PAGEMAP_SCAN", self._target, error.errno or 0) from error
-
-
-def _parts(stretch: tuple[int, int, bool]) -> Iterator[tuple[int, int, bool]]:
-    """Ascending, like the stretches; few, because a program can reserve terabytes that it never touches."""
-    start, end, of_files = stretch
-    size = max(PART_BYTES, (end - start) // MOST_PARTS // PAGE_BYTES * PAGE_BYTES)
-    for first in range(start, end, size):
-        yield first, min(first + size, end), of_files
 
 
 def _joined(parts: list[Bounds], columns: int = 2) -> Bounds:

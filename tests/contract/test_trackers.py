@@ -71,6 +71,16 @@ def test_exactly_the_written_pages_are_dirty(tracker: DirtyTracker, mapper: Mapp
     copies.check(mapper.pids)
 
 
+def _followed_area(tracker: DirtyTracker, mapper: Mapper) -> tuple[Copies, int]:
+    """Copies that know an area of 64 written pages, and its address."""
+    copies = Copies(tracker)
+    mapper.order("map", area=1, pages=64, kind="anon")
+    mapper.order("write", area=1, page=0, count=64, value=1, how="instruction")
+    tracker.arm(mapper.pids)
+    copies.follow(mapper.pids)
+    return copies, _area(mapper, pages=64)
+
+
 def _area(mapper: Mapper, *, pages: int) -> int:
     """The address of the only area of that size."""
     (start,) = [start for start, end, _file in private_mappings(mapper.pids[0]) if end - start == pages * 4096]
@@ -84,12 +94,7 @@ def _pages_in_area(ranges: PageRanges, start: int, pages: int) -> set[int]:
 
 
 def test_a_forked_child_is_untracked_memory_at_first_and_tracked_then(tracker: DirtyTracker, mapper: Mapper) -> None:
-    copies = Copies(tracker)
-    mapper.order("map", area=1, pages=64, kind="anon")
-    mapper.order("write", area=1, page=0, count=64, value=1, how="instruction")
-    tracker.arm(mapper.pids)
-    copies.follow(mapper.pids)
-    start = _area(mapper, pages=64)
+    copies, start = _followed_area(tracker, mapper)
     mapper.order("fork")
     child = mapper.pids[1]
     found = {process.pid: process for process in copies.follow(mapper.pids).processes}
@@ -174,12 +179,7 @@ def test_a_process_that_does_not_exist_is_left_out(tracker: DirtyTracker) -> Non
 def test_what_a_glance_finds_the_last_scan_reports_only_when_it_was_written_again(
     tracker: DirtyTracker, mapper: Mapper
 ) -> None:
-    copies = Copies(tracker)
-    mapper.order("map", area=1, pages=64, kind="anon")
-    mapper.order("write", area=1, page=0, count=64, value=1, how="instruction")
-    tracker.arm(mapper.pids)
-    copies.follow(mapper.pids)
-    start = _area(mapper, pages=64)
+    copies, start = _followed_area(tracker, mapper)
     mapper.order("write", area=1, page=5, count=3, value=2, how="instruction")
     found = tracker.glance(mapper.pids)[mapper.pids[0]]
     assert _pages_in_area(found, start, 64) == {5, 6, 7}
