@@ -55,6 +55,20 @@ def owner_of_memory(pid: int, candidates: Iterable[int]) -> int:
     return parent if parent in candidates and shares_memory(pid, parent) else 0
 
 
+def with_descendants(pids: Iterable[int]) -> set[int]:
+    """These, their children, and so on; who forks or is orphaned meanwhile may be missing."""
+    found: set[int] = set()
+    left = list(pids)
+    while left:
+        pid = left.pop()
+        if pid not in found:
+            found.add(pid)
+            with contextlib.suppress(OSError):
+                for tid in os.listdir(f"/proc/{pid}/task"):
+                    left += map(int, Path(f"/proc/{pid}/task/{tid}/children").read_text().split())
+    return found
+
+
 def pid_inside(pid: int) -> int:
     """The pid in its own namespace, which images use; 0 when the process has gone."""
     try:

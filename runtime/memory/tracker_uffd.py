@@ -23,7 +23,7 @@ from runtime.memory.place import NotInjected
 from runtime.memory.ranges import PageRanges
 from runtime.memory.remote import Injected, LeftBehind
 from runtime.memory.shared import SharedMemory
-from runtime.memory.tasks import AddressSpace, owner_of_memory, read_address_space, start_ticks
+from runtime.memory.tasks import AddressSpace, owner_of_memory, read_address_space, start_ticks, with_descendants
 from runtime.memory.tracer_process import TracerProcess
 from runtime.memory.watched import WatchedMemory
 
@@ -138,7 +138,8 @@ class UffdTracker:
     def close(self) -> None:
         self._facts = self.facts()
         end = time.monotonic() + TAKE_BACK_S
-        while self._kept and self._some_hold_ours() and time.monotonic() < end:
+        # Until nobody was found: a process may have forked before it closed its own.
+        while self._some_held_ours() and time.monotonic() < end:
             time.sleep(TAKE_BACK_PAUSE_S)
         while self._kept:
             os.close(self._kept.pop())
@@ -146,14 +147,13 @@ class UffdTracker:
             self._forget(pid)
         self._tracer.close()
 
-    def _some_hold_ours(self) -> bool:
-        """Asks each process to close what it holds; whether one could not."""
-        left = False
-        for task in self._tasks.values():
+    def _some_held_ours(self) -> bool:
+        """Asks each process, and who was forked since the last scan, to close what it holds; whether any held it."""
+        found = False
+        for pid in with_descendants(self._tasks):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                self._take_back_descriptors(task)
-                left = left or bool(task.left_behind)
-        return left
+                found = self._take_back_descriptors(self._task(pid)) or found
+        return found
 
     def _task(self, pid: int) -> _Task:
         """What is known of the process; nothing, where the pid is another process's now."""
@@ -202,8 +202,8 @@ class UffdTracker:
         task.memory = WatchedMemory(task.pid, descriptor, reason)
         return descriptor is not None
 
-    def _take_back_descriptors(self, task: _Task) -> None:
-        """Close what the process holds of ours: CRIU can not dump a userfaultfd.
+    def _take_back_descriptors(self, task: _Task) -> bool:
+        """Close what the process holds of ours: CRIU can not dump a userfaultfd. Whether it held any.
 
         A child that was forked in the moment between the two injected calls has inherited the descriptor.
         """
@@ -220,6 +220,7 @@ class UffdTracker:
             with contextlib.suppress(NotInjected):
                 self._tracer.close_descriptor(task.pid, number)
                 task.left_behind.discard(number)
+        return bool(strays)
 
 
 def _userfaultfds_of(pid: int) -> set[int]:
