@@ -30,10 +30,10 @@ from migrate.lab.cgroups import find_hierarchies
 from migrate.lab.lab import Lab
 from migrate.lab.plan import CGROUP_ROOT
 from migrate.serve import SESSION_COMM
-from tests.support.lab import NetnsClient
 
 MIB = 1 << 20
-WORKLOADS = Path(__file__).resolve().parents[1] / "tests" / "workloads"
+TOP = Path(__file__).resolve().parents[1]
+WORKLOADS = TOP / "tests" / "workloads"
 NAME = "figures"
 SAMPLE_S = 0.02
 BEFORE_S = 3.0
@@ -95,13 +95,15 @@ class Figures:
             for host in ("host1", "host2"):
                 self._lab.exec(host, ["cmigrate", "rm", "-f", NAME], capture_output=True, stdin=subprocess.DEVNULL)
 
-    def move(self, identity: str) -> Seen:
+    def move(self, identity: str, *, watched: bool = False) -> Seen:
+        """``watched``: sees how much memory is taken, which costs a quarter of a processor."""
         seen = Seen(began=time.time())
         words = ["cmigrate", "move", NAME, "--to", "host2", "--mode", "precopy", "--transport", "stream", "--json"]
         over = threading.Event()
         process = self._lab.popen("host1", words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
         watcher = threading.Thread(target=self._watch, args=(process.pid, identity, seen, over))
-        watcher.start()
+        if watched:
+            watcher.start()
         try:
             assert process.stdout is not None
             with process.stdout:
@@ -111,7 +113,8 @@ class Figures:
         finally:
             seen.ended = time.time()
             over.set()
-            watcher.join()
+            if watched:
+                watcher.join()
         return seen
 
     def _watch(self, mover: int, identity: str, seen: Seen, over: threading.Event) -> None:
@@ -129,23 +132,36 @@ class Figures:
 
     # What each run gives
 
-    def busy(self, mib: int) -> dict[str, float]:
+    @contextmanager
+    def busy(self, mib: int) -> Iterator[str]:
         with self.container("python3", "/workloads/rate.py", str(mib), "16") as identity:
-            self._until_ready("host1")
+            deadline = time.monotonic() + TIMEOUT_S
+            while "ready" not in self.run("host1", "cmigrate", "logs", NAME):
+                if time.monotonic() > deadline:
+                    raise RuntimeError("the workload does not become ready")
+                time.sleep(0.1)
             time.sleep(BEFORE_S)
-            memory_bytes = container_bytes("host1", identity)
-            before_container = target_before(self._lab)
+            yield identity
+
+    def throughput(self, mib: int) -> dict[str, float]:
+        with self.busy(mib) as identity:
             seen = self.move(identity)
             rates = self.run("host2", "cmigrate", "exec", NAME, "cat", "/rates.jsonl")
         lines = [json.loads(line) for line in rates.splitlines()]
         frozen_at = seen.at("rounds") + phase_s(seen, "rounds")
         before = rate(lines, seen.began - BEFORE_S, seen.began)
+        return {"throughput": rate(lines, seen.at("rounds"), frozen_at) / before}
+
+    def memory(self, mib: int) -> dict[str, float]:
+        with self.busy(mib) as identity:
+            memory_bytes = container_bytes("host1", identity)
+            before_container = target_before(self._lab)
+            seen = self.move(identity, watched=True)
         rounds, sent = seen.rounds(), seen.report["sent_bytes"]["pages"]
         # What the last round found goes in the freeze, with what was written after that.
         frozen_bytes = sent - sum(line["sent_bytes"] for line in rounds)
         dirtied = frozen_bytes + sum(line["dirty_bytes"] for line in rounds[:-1])
         return {
-            "throughput": rate(lines, seen.at("rounds"), frozen_at) / before,
             "target": (seen.peaks_bytes["target"] - before_container - 1.15 * memory_bytes) / MIB,
             "source": seen.peaks_bytes["source"] / MIB,
             "agent": seen.peaks_bytes["agent"] / MIB,
@@ -157,9 +173,10 @@ class Figures:
         with self.container(*command) as identity:
             spec = json.loads(self.run("host1", "cmigrate", "inspect", NAME))["spec"]
             address = spec["network"]["address"].partition("/")[0]
-            with asking(NetnsClient(self._lab), address) as asked:
+            with asking(self._lab, address) as end:
                 time.sleep(BEFORE_S)
                 seen = self.move(identity)
+                asked = end()
         blackout = max((one for one in asked if seen.began <= one[0] < seen.ended), key=lambda one: one[1])
         asked.remove(blackout)
         first = seen.at("rounds")
@@ -172,49 +189,29 @@ class Figures:
             "p99_after": p99(asked, last, seen.ended) / before,
         }
 
-    def _until_ready(self, host: str) -> None:
-        deadline = time.monotonic() + TIMEOUT_S
-        while "ready" not in self.run(host, "cmigrate", "logs", NAME):
-            if time.monotonic() > deadline:
-                raise RuntimeError("the workload does not become ready")
-            time.sleep(0.1)
-
 
 @contextmanager
-def asking(client: NetnsClient, address: str) -> Iterator[list[tuple[float, float]]]:
-    """One connection that asks each millisecond; (when, seconds until the answer) of each question."""
-    import redis
+def asking(lab: Lab, address: str) -> Iterator[Callable[[], list[tuple[float, float]]]]:
+    """A client that asks a full Redis each millisecond. The function ends it: (when, seconds until the answer) of each
+    question."""
+    words = [sys.executable, "-m", "scripts.figures_client", address, str(REDIS_VALUES), str(REDIS_VALUE_BYTES)]
+    process = lab.popen("client", words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TOP)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
 
-    def connect() -> Any:
-        found = redis.Redis(host=address, socket_timeout=TIMEOUT_S, single_connection_client=True)
-        found.ping()
-        return found
+    def end() -> list[tuple[float, float]]:
+        stdin.close()
+        return [(at, took) for at, took in json.loads(stdout.readline())["asked"]]
 
-    connection = None
-    while connection is None:
-        with suppress(redis.exceptions.ConnectionError):
-            connection = client.run(connect)
-    for number in range(REDIS_VALUES):
-        connection.set(f"value:{number}", os.urandom(REDIS_VALUE_BYTES))
-    asked: list[tuple[float, float]] = []
-    over = threading.Event()
-
-    def ask() -> None:
-        while not over.is_set():
-            at = time.time()
-            connection.incr("counter")
-            took = time.time() - at
-            asked.append((at, took))
-            time.sleep(max(0.0, 0.001 - took))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
     try:
-        yield asked
+        if "filled" not in stdout.readline():
+            raise RuntimeError("Redis can not be filled")
+        yield end
     finally:
-        over.set()
-        thread.join()
-        connection.close()
+        stdin.close()
+        stdout.close()
+        process.wait(TIMEOUT_S)
 
 
 def rate(lines: list[dict[str, Any]], start: float, end: float) -> float:
@@ -291,7 +288,7 @@ def measure(lab: Lab, *, memory_mib: int, repeat: int) -> list[dict[str, Any]]:
     figures = Figures(lab)
     runs: dict[str, list[float]] = {name: [] for name in GOALS}
     for number in range(repeat):
-        for name, value in {**figures.busy(memory_mib), **figures.redis()}.items():
+        for name, value in {**figures.throughput(memory_mib), **figures.memory(memory_mib), **figures.redis()}.items():
             runs[name].append(round(value, 3))
             print(f"{number + 1}/{repeat} {name}: {value:.3f} ({GOALS[name][0]})", file=sys.stderr, flush=True)
     return [
