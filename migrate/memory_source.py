@@ -110,8 +110,6 @@ class LiveMemory:
         self._split = self._deferral.scanned(found)
 
     def send_frozen(self) -> None:
-        """From here on nothing is thawed until ``finish``."""
-        self._tracker.begin_final(self._pid_of.values())
         self._send_private(defer_hot=False)
 
     def _scan_private(self) -> Scan:

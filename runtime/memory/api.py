@@ -128,10 +128,6 @@ class DirtyTracker(Protocol):
         nobody watched them.
         """
 
-    def begin_final(self, pids: Iterable[int]) -> None:
-        """Everything is frozen, and until the final scan these processes' memory is written at most: nothing is mapped,
-        unmapped or given back. What exists may be looked for meanwhile, by another thread. Returns at once."""
-
     def scan(self, pids: Iterable[int], *, final: bool = False) -> Scan:
         """Everything since the last scan, for the processes that exist now (read the cgroup again each time).
 

@@ -54,9 +54,6 @@ class StillTracker:
     def glance(self, pids: Iterable[int]) -> Mapping[int, PageRanges]:
         return {process.pid: process.to_copy for process in self.scan(pids).processes}
 
-    def begin_final(self, pids: Iterable[int]) -> None:
-        """Nothing is known before everything has been read."""
-
     def copied(self, space: int | Segment, address: int, data: memoryview) -> None:
         if isinstance(space, int):
             self._copied[space].append((address, address + len(data)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -74,7 +73,6 @@ class UffdTracker:
         self._shared = SharedMemory() if shared else None
         # Userfaultfds that a process could not close, kept to find them again in its children.
         self._kept: list[int] = []
-        self._survey: threading.Thread | None = None
 
     def arm(self, pids: Iterable[int]) -> None:
         self._facts = None
@@ -87,7 +85,6 @@ class UffdTracker:
 
     def scan(self, pids: Iterable[int], *, final: bool = False) -> Scan:
         begin = time.perf_counter()
-        self._await_survey()
         self._facts = None
         known = set(self._tasks)
         found = []
@@ -117,11 +114,6 @@ class UffdTracker:
                         found[pid] = task.memory.glance(pagemap)
         return found
 
-    def begin_final(self, pids: Iterable[int]) -> None:
-        wanted = [task for pid in pids if (task := self._tasks.get(pid)) is not None and task.armed]
-        self._survey = threading.Thread(target=_survey, args=(wanted,), name="survey")
-        self._survey.start()
-
     def copied(self, space: int | Segment, address: int, data: memoryview) -> None:
         # Of processes the kernel says what was written.
         if isinstance(space, Segment) and self._shared is not None:
@@ -145,7 +137,6 @@ class UffdTracker:
 
     def close(self) -> None:
         self._facts = self.facts()
-        self._await_survey()
         end = time.monotonic() + TAKE_BACK_S
         # Until nobody was found: a process may have forked before it closed its own.
         while self._some_held_ours() and time.monotonic() < end:
@@ -155,11 +146,6 @@ class UffdTracker:
         for pid in list(self._tasks):
             self._forget(pid)
         self._tracer.close()
-
-    def _await_survey(self) -> None:
-        if self._survey is not None:
-            self._survey.join()
-            self._survey = None
 
     def _some_held_ours(self) -> bool:
         """Asks each process, and who was forked since the last scan, to close what it holds; whether any held it."""
@@ -235,15 +221,6 @@ class UffdTracker:
                 self._tracer.close_descriptor(task.pid, number)
                 task.left_behind.discard(number)
         return bool(strays)
-
-
-def _survey(tasks: Iterable[_Task]) -> None:
-    for task in tasks:
-        # The final scan finds out for itself then.
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, KernelCallFailed):
-            if task.space is not None:
-                with Pagemap(task.space.tid) as pagemap:
-                    task.memory.survey(pagemap)
 
 
 def _userfaultfds_of(pid: int) -> set[int]:

@@ -47,7 +47,6 @@ class WatchedMemory:
         self._layout = layout_of(())
         self._existing = EMPTY
         self._registered: set[tuple[int, int]] = set()
-        self._surveyed: Bounds | None = None
 
     def close(self) -> None:
         """The kernel forgets everything that was registered: 25 ms for each GiB that was touched."""
@@ -72,10 +71,6 @@ class WatchedMemory:
         if mappings is not layout.mappings:
             layout = self._layout = layout_of(mappings)
         watching = self.descriptor is not None
-        surveyed, self._surveyed = self._surveyed, None
-        if watching and final and layout is before and surveyed is not None:
-            if not _unwatched(surveyed) & layout.spans:
-                return self._since_survey(pagemap, _where(surveyed, PAGE_IS_WPALLOWED) & layout.spans)
         written = EMPTY
         if watching and not final:
             written = _ranges(pagemap.written(start, end, protect=True) for start, end, _files in layout.stretches)
@@ -106,19 +101,6 @@ class WatchedMemory:
         watched still the next scan will say."""
         written = _ranges(pagemap.written(start, end, protect=True) for start, end, _files in self._layout.stretches)
         return written & self._layout.spans
-
-    def survey(self, pagemap: Pagemap) -> None:
-        """For a final scan that is to come: from here on nothing is mapped, unmapped or given back."""
-        self._surveyed = pagemap.survey(self._layout.stretches)
-
-    def _since_survey(self, pagemap: Pagemap, existed: PageRanges) -> ProcessScan:
-        """``existed`` then, all of it watched."""
-        written = _ranges(pagemap.written(start, end, protect=False) for start, end, _files in self._layout.stretches)
-        # With this come all mappings that are not watched, in full: those had no pages.
-        others = [(start, end, True) for start, end in ((written & self._layout.spans) - existed).spans()]
-        new = _where(pagemap.survey(others), 0)
-        self._existing = existed | new
-        return ProcessScan(pid=self.pid, existing=self._existing, dirty=(written & existed) | new)
 
     def _watch_new(self, pagemap: Pagemap, new: Sequence[Mapping]) -> dict[str, PageRanges]:
         """Register and protect. Existing pages of these mappings by reason, NEW_MAPPING where that has worked."""

@@ -190,19 +190,6 @@ def test_what_a_glance_finds_the_last_scan_reports_only_when_it_was_written_agai
     assert _pages_in_area(last.to_copy, start, 64) - {5, 6, 7} == {9, 10}
 
 
-def test_after_the_last_scan_was_begun_what_is_written_is_still_found(tracker: DirtyTracker, mapper: Mapper) -> None:
-    copies, start = _followed_area(tracker, mapper)
-    mapper.order("fork")
-    copies.follow(mapper.pids)
-    mapper.order("write", area=1, page=5, count=3, value=2, how="instruction")
-    copies.glance(mapper.pids)
-    tracker.begin_final(mapper.pids)
-    mapper.order("write", to=1, area=1, page=9, count=2, value=3, how="instruction")
-    last = {process.pid: process for process in copies.follow(mapper.pids, final=True).processes}
-    assert _pages_in_area(last[mapper.pids[1]].to_copy, start, 64) - {5, 6, 7} == {9, 10}
-    copies.check(mapper.pids)
-
-
 # Shared memory
 
 
@@ -326,25 +313,19 @@ def test_copies_that_follow_the_scans_equal_memory_after_any_history(name: str) 
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(
-        st.lists(st.one_of(ORDERS, ORDERS, SCAN, GLANCE), min_size=5, max_size=40),
-        st.one_of(st.none(), st.lists(WRITE, max_size=4)),
-    )
-    def follow(history: list[dict[str, Any]], late: list[dict[str, Any]] | None) -> None:
+    @given(st.lists(st.one_of(ORDERS, ORDERS, SCAN, GLANCE), min_size=5, max_size=40))
+    def follow(history: list[dict[str, Any]]) -> None:
         tracker = MAKERS[name]()
         try:
             with running_mapper() as mapper:
-                _follow_history(tracker, mapper, history, late)
+                _follow_history(tracker, mapper, history)
         finally:
             tracker.close()
 
     follow()
 
 
-def _follow_history(
-    tracker: DirtyTracker, mapper: Mapper, history: list[dict[str, Any]], late: list[dict[str, Any]] | None
-) -> None:
-    """``late``: what is written when the final scan was begun; None: it is not begun before."""
+def _follow_history(tracker: DirtyTracker, mapper: Mapper, history: list[dict[str, Any]]) -> None:
     copies = Copies(tracker)
     for each in BEGIN:
         mapper.order(**each)
@@ -357,12 +338,6 @@ def _follow_history(
         elif each["op"] == "glance":
             copies.glance(mapper.pids)
         else:
-            mapper.order(**each)
-    if late is not None:
-        copies.follow(mapper.pids)
-        copies.glance(mapper.pids)
-        tracker.begin_final(mapper.pids)
-        for each in late:
             mapper.order(**each)
     copies.follow(mapper.pids, final=True)
     copies.check(mapper.pids)
