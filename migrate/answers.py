@@ -16,9 +16,9 @@ from migrate.health import handle_check_health
 from migrate.journal import read_all, read_one
 from migrate.recover import recover
 from migrate.segment import answer_segment
-from migrate.session import HANDLERS, Asked
+from migrate.session import HANDLERS, Asked, versions
 from migrate.survey import answer_measure
-from migrate.target import handle_offer, versions
+from migrate.target import handle_offer
 from migrate.waiting import dismiss, hand_over
 from runtime.container import Containers
 from runtime.host import HostConfig, must_be_writable

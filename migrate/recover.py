@@ -20,6 +20,7 @@ from migrate.kept_copy import settle_kept
 from migrate.losses import report_loss_of
 from migrate.waiting import door_of
 from runtime.api import Container, Status
+from runtime.background import Background
 from runtime.container import Containers
 from runtime.criu.dump import wake_after_dead_dump
 from runtime.errors import Busy, NotFound, RuntimeFault
@@ -46,6 +47,7 @@ def recover(host: HostConfig) -> list[str]:
     with contextlib.suppress(RuntimeFault):  # next time
         sweep()
         sweep_ways()
+    Background().sweep()
     journals = list(read_all(host.journal_dir))
     arriving = {move_id for move_id, _spec in Containers(host).store.incoming()}
     for journal in journals:

@@ -6,6 +6,7 @@ by the handler that the kind of question has in a table. docs/protocol.md has th
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 from migrate.errors import MigrateError, ProtocolViolation
 from migrate.messages import Error, Hello, negotiate
+from runtime.criu.binary import find_criu
 from runtime.errors import RuntimeFault
 from runtime.host import HostConfig
 from transport.api import Channel, ChannelClosed, Deadline, Frame, TransportError
@@ -30,6 +32,11 @@ def package_version() -> str:
         return version("cmigrate")
     except PackageNotFoundError:
         return "0"
+
+
+def versions() -> dict[str, str]:
+    """What runs here, for the report."""
+    return {"cmigrate": package_version(), "criu": find_criu().version_text, "kernel": platform.release()}
 
 
 def exchange_hello(channel: Channel, host_name: str, deadline: Deadline) -> Hello:

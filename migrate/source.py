@@ -37,6 +37,7 @@ from migrate.shared_source import SharedSource
 from migrate.trees_source import SourceTrees
 from migrate.verify_source import send_hashes
 from runtime.api import Container
+from runtime.background import Background
 from runtime.connections import TcpPolicy
 from runtime.container import Containers, open_tree_roots
 from runtime.criu.binary import CriuBinary
@@ -294,11 +295,12 @@ class SourceMove:
 
     def _copy(self) -> None:
         """Files go over while the container runs, and memory with pre-copy; only what changes meanwhile goes again."""
-        self._trees.send()
-        self._out.log(self._log)
-        if self._live is not None and self._mode != "diskless":
-            self._mark("rounds")
-            self._copy_memory(self._live)
+        with Background():
+            self._trees.send()
+            self._out.log(self._log)
+            if self._live is not None and self._mode != "diskless":
+                self._mark("rounds")
+                self._copy_memory(self._live)
         self._dump.look_ahead(self._move_id)
         self._out.all_has_come(self._move_id)
 

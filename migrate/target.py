@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -24,11 +23,12 @@ from migrate.messages_kept import Keeping
 from migrate.packing import WAYS
 from migrate.postcopy_target import DEATH_RECORD, MISSING_MARK, RemoteFeed
 from migrate.reports import ReportStore
-from migrate.session import Asked, package_version
+from migrate.session import Asked, versions
 from migrate.shared_target import SharedTarget
 from migrate.target_machine import JOURNALED, Action, Event, Phase, step
 from migrate.verify_target import ExpectedMemory, complete_message
 from migrate.waiting import WaitingRoom
+from runtime.background import Background
 from runtime.container import Containers
 from runtime.criu.binary import find_criu
 from runtime.criu.restore import HeldRestore
@@ -50,11 +50,6 @@ FILL_TIMEOUT_S = 3600.0
 _MAY_HAVE_RUN = (Phase.COMMIT_LOGGED, Phase.RESUMED, Phase.CONFIRMED)
 
 M = TypeVar("M", bound=messages.Message)
-
-
-def versions() -> dict[str, str]:
-    """What runs here, for the report."""
-    return {"cmigrate": package_version(), "criu": find_criu().version_text, "kernel": platform.release()}
 
 
 class TargetMove:
@@ -85,6 +80,7 @@ class TargetMove:
         self._error: BaseException | None = None
         self._channel_is_clear = False
         """The source has said its last word on this move."""
+        self._background = Background()
         move_id, epoch = offer.move_id, offer.epoch
         self._actions: dict[Action, Callable[[], None]] = {
             Action.JOURNAL_RESERVED: self._journal_reserved,
@@ -186,7 +182,7 @@ class TargetMove:
             expected=self._expected,
             deadline=lambda: Deadline.after(IDLE_TIMEOUT_S),
             on_frozen=self._hold_packets,
-            on_reach=lambda: self._send(messages.Reached(move_id=self._offer.move_id)),
+            on_reach=self._come_forward,
             on_trees=self._restore.begin_mounting,
         )
         self._room.open()
@@ -202,6 +198,10 @@ class TargetMove:
         )
         return self._stores
 
+    def _come_forward(self) -> None:
+        self._background.leave()
+        self._send(messages.Reached(move_id=self._offer.move_id))
+
     def _hold_packets(self) -> None:
         self._room.close()
         self._restore.hold_packets()
@@ -210,7 +210,8 @@ class TargetMove:
     def _receive(self) -> None:
         incoming = self._incoming
         assert incoming is not None
-        come = self._room.through(incoming.until_control, lambda: incoming.taken)
+        with self._background:
+            come = self._room.through(incoming.until_control, lambda: incoming.taken)
         self._state = self._expect(messages.FrozenState, come)
         self._on(Event.STATE)
 
@@ -347,9 +348,7 @@ class TargetMove:
 
     def _become_complete(self) -> None:
         """All memory is in place and all files are on the disk when this returns: the source need keep nothing.
-
-        Where a pager dies before that, the container dies with it, and this raises.
-        """
+        Raises where a pager dies before that, and the container with it."""
         assert self._incoming is not None
         pager, filled = self._lazy_pager, None
         if pager is not None:
