@@ -26,6 +26,7 @@ from migrate.lab.plan import CLIENT, ENTER_NAME, ENTER_SCRIPT, Rate
 from migrate.lab.processes import ProcessId, Starting, listening_ports, read_tcp_tables, run, start_detached, tail
 from migrate.lab.record import RECORD_NAME, LabHost, LabRecord, read_record, write_record
 from migrate.trust import own_command
+from runtime.background import Background
 from runtime.errors import BadInput, CorruptData, MissingFeature, NotFound, ProgramFailed, WrongState
 from runtime.host import CONFIG_DIR, HostConfig
 
@@ -323,6 +324,7 @@ class Lab:
             return False
         with _between_labs():
             cgroup.destroy(KILL_TIMEOUT_S)
+        Background().sweep()
         for entry in self.directory.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
