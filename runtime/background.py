@@ -21,6 +21,8 @@ V1_SHARES = 128
 V2_WEIGHT = 12
 # The last member of another command may remove the group between our making and our entering it.
 ATTEMPTS = 5
+# In cgroup.procs: whoever writes it, with all threads.
+_MYSELF = "0"
 
 
 class Background:
@@ -48,12 +50,14 @@ class Background:
         if self._group is None or self._entered:
             return
         name, weight = self._weight
+        # Only v2 has this file. Where the controller is not for us to turn on, there is no weight either.
+        with contextlib.suppress(OSError):
+            _write(self._group.parent / "cgroup.subtree_control", "+cpu")
         for _attempt in range(ATTEMPTS):
             try:
                 self._group.mkdir(exist_ok=True)
-                # The kernel makes this file; on v2 only where the controller is on for the root's groups.
-                _write(self._group / name, weight)
-                _write(self._group / "cgroup.procs", 0)  # whoever writes, with all threads
+                _write(self._group / name, str(weight))
+                _write(self._group / "cgroup.procs", _MYSELF)
                 self._entered = True
                 return
             except FileNotFoundError:
@@ -67,7 +71,7 @@ class Background:
             self._entered = False
             # Where its own group has gone it stays, which makes it slow at worst.
             with contextlib.suppress(OSError):
-                _write(self._home / "cgroup.procs", 0)
+                _write(self._home / "cgroup.procs", _MYSELF)
             self.sweep()
 
     def sweep(self) -> None:
@@ -95,10 +99,10 @@ def _own_path(text: str, controller: str) -> str | None:
     return None
 
 
-def _write(file: Path, value: int) -> None:
-    """Into a file that exists."""
+def _write(file: Path, value: str) -> None:
+    """Into a file that exists: the kernel makes them."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.write(descriptor, b"%d" % value)
+        os.write(descriptor, value.encode())
     finally:
         os.close(descriptor)

@@ -17,6 +17,7 @@ def files(top: Path, weight: str) -> tuple[Path, Path, Path]:
         directory.mkdir(parents=True)
         (directory / "cgroup.procs").touch()
     (top / GROUP / weight).touch()
+    (top / "cgroup.subtree_control").touch()
     return top / GROUP / weight, top / GROUP / "cgroup.procs", top / "user/shell/cgroup.procs"
 
 
@@ -31,6 +32,7 @@ def test_it_goes_into_the_group_and_back_where_it_came_from(tmp_path: Path, text
     assert home.read_text() == ""
     background.enter()
     assert (weight.read_text(), members.read_text(), home.read_text()) == (str(value), "0", "")
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+cpu"
     weight.write_text("")
     background.enter()
     assert weight.read_text() == ""
