@@ -90,15 +90,14 @@ class Outgoing:
             again()  # which is delivered in the same way, should the link break again
 
     def all_has_come(self, move_id: str) -> None:
-        """Returns when the target has taken everything: the link is whole, nothing in it waits to be sent when the
-        container is frozen, and the target has come out of the background. From now on a broken link is not mended.
-        Raises as ``send_again``, and what the target says instead."""
-        while True:
+        """Returns when the target has taken everything: the link is whole, and nothing in it waits to be sent when the
+        container is frozen. From now on a broken link is not mended. Raises as ``send_again``, and what the target
+        says instead."""
+        while self.mend is not None:
             try:
                 self.control(messages.Reach(move_id=move_id).to_message())
                 messages.Reached.parse(self.channel.receive(deadline=self._deadline()).message())
                 self.mend = None
-                return
             except TransportError as error:
                 self.send_again(error)
 

@@ -210,7 +210,8 @@ class TargetMove:
     def _receive(self) -> None:
         incoming = self._incoming
         assert incoming is not None
-        with self._background:
+        # Only who is asked whether everything has come knows when to leave it.
+        with self._background if self._room.resumes else contextlib.nullcontext():
             come = self._room.through(incoming.until_control, lambda: incoming.taken)
         self._state = self._expect(messages.FrozenState, come)
         self._on(Event.STATE)
