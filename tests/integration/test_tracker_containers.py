@@ -1,6 +1,5 @@
 """Containers that are tracked: confined by seccomp, in a user namespace of their own, and busy while it happens."""
 
-import contextlib
 import os
 import random
 import threading
@@ -19,7 +18,7 @@ from runtime.memory.tracker_uffd import UffdTracker
 from runtime.specify import new_spec
 from tests.support.containers import one_host
 from tests.support.mapper import Copies
-from tests.support.tasks import wait_for
+from tests.support.tasks import descriptors, wait_for
 from tests.support.tracer import ThreadTracer
 
 CHURN = Path(__file__).resolve().parents[1] / "workloads" / "churn.py"
@@ -106,13 +105,7 @@ def test_every_process_is_tracked_though_its_seccomp_filter_forbids_userfaultfd(
 
 def holders(pids: list[int]) -> list[int]:
     """Those that hold a userfaultfd, which CRIU can not dump."""
-    found = []
-    for pid in pids:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # forked ones end all the time
-            names = os.listdir(f"/proc/{pid}/fd")
-            if "anon_inode:[userfaultfd]" in {os.readlink(f"/proc/{pid}/fd/{name}") for name in names}:
-                found.append(pid)
-    return found
+    return [pid for pid in pids if "anon_inode:[userfaultfd]" in descriptors(pid)]
 
 
 def is_python(pid: int) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from runtime.memory.tracker_uffd import UffdTracker
-from tests.support.tasks import wait_for
+from tests.support.tasks import descriptors, wait_for
 from tests.support.tracer import ThreadTracer
 
 WORKLOADS = Path(__file__).resolve().parents[1] / "workloads"
@@ -324,15 +324,6 @@ def read(path: Path) -> str:
     with contextlib.suppress(OSError):
         return path.read_text()
     return ""
-
-
-def descriptors(pid: int) -> set[str]:
-    found = set()
-    with contextlib.suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                found.add(os.readlink(f"/proc/{pid}/fd/{name}"))
-    return found
 
 
 def status_of(pid: int, name: str) -> str:

@@ -88,6 +88,16 @@ def running_tasks(directory: Path, mib: int) -> Iterator[Tasks]:
         tasks.kill()
 
 
+def descriptors(pid: int) -> set[str]:
+    """What the process holds open, as /proc names it; nothing of one that has gone."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
+
+
 def wait_for(condition: Any, what: str) -> None:
     end = time.monotonic() + PATIENCE_S
     while not condition():

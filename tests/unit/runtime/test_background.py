@@ -17,7 +17,6 @@ def files(top: Path, weight: str) -> tuple[Path, Path, Path]:
         directory.mkdir(parents=True)
         (directory / "cgroup.procs").touch()
     (top / GROUP / weight).touch()
-    (top / "cgroup.subtree_control").touch()
     return top / GROUP / weight, top / GROUP / "cgroup.procs", top / "user/shell/cgroup.procs"
 
 
@@ -27,12 +26,16 @@ def files(top: Path, weight: str) -> tuple[Path, Path, Path]:
 def test_it_goes_into_the_group_and_back_where_it_came_from(tmp_path: Path, text: str, name: str, value: int) -> None:
     v1 = (("cpu", tmp_path),) if text == HYBRID else ()
     weight, members, home = files(tmp_path, name)
+    controllers = tmp_path / "cgroup.subtree_control"
+    if not v1:
+        controllers.touch()
     background = Background(CgroupLayout(v2=tmp_path, v1=v1), text)
     background.leave()
     assert home.read_text() == ""
     background.enter()
     assert (weight.read_text(), members.read_text(), home.read_text()) == (str(value), "0", "")
-    assert (tmp_path / "cgroup.subtree_control").read_text() == "+cpu"
+    assert v1 or controllers.read_text() == "+cpu"
+    assert not v1 or not controllers.exists()
     weight.write_text("")
     background.enter()
     assert weight.read_text() == ""
